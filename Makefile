@@ -1,0 +1,32 @@
+# make run · test · lab: each sets up .venv with the exact versions of requirements.txt if need be.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SWEEP ?= sweeps/laptop.toml
+
+.PHONY: run test lab bench lint
+
+run: $(VENV)/ready
+	$(BIN)/python -m sae_utils.sweep $(SWEEP)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lab: $(VENV)/ready
+	$(BIN)/jupyter lab notebooks
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/store.py
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/nbstripout --verify --keep-id --extra-keys metadata.papermill notebooks/*.ipynb
+
+# torch first: pip then takes the build that is there for every other package's "torch>=..."
+$(VENV)/ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@

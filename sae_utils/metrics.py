@@ -1,0 +1,134 @@
+"""What an SAE is judged by, each number defined once.
+
+All sums run over the tokens named beside them and over d_in. Position 0 is left out everywhere unless said otherwise: it is an
+outlier in most models. Cross-entropies are in nats per predicted token.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .lm import run_prefix, run_spliced, token_loss
+
+
+class ReconstructionSums:
+    """Running sums over activations from which FVU, γ, L0 and densities follow exactly, in float64.
+
+        FVU       = Σ‖x − x̂‖² / Σ‖x − x̄‖²                     0 perfect, 1 no better than the mean x̄ of the whole set
+        γ         = Σ‖x̂‖² / Σ x̂·x                              1 unbiased, < 1 shrinkage (arXiv 2404.16014, eq. 10)
+        γ_centred = the same of x − x̄ and x̂ − x̂̄ (ours: a large mean hides shrinkage)
+        L0        = active latents per token
+        density   = share of tokens on which a latent is active, [d_sae];   dead = share of latents never active here
+
+    γ is a ratio of sums over the whole set, not a mean of ratios. An all-zero x̂ has no γ: nan.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, device):
+        self.n = 0
+        self.sum_x, self.sum_x_hat = (torch.zeros(d_in, dtype=torch.double, device=device) for _ in range(2))
+        self.xx = self.hh = self.hx = self.ee = self.active = 0.0
+        self.fired = torch.zeros(d_sae, dtype=torch.double, device=device)
+
+    def add(self, x: Tensor, x_hat: Tensor, latents: Tensor) -> None:
+        """x, x_hat [n, d_in], latents [n, d_sae]."""
+        x, x_hat = x.double(), x_hat.double()
+        self.n += len(x)
+        self.sum_x += x.sum(0)
+        self.sum_x_hat += x_hat.sum(0)
+        self.xx += x.square().sum()
+        self.hh += x_hat.square().sum()
+        self.hx += (x_hat * x).sum()
+        self.ee += (x - x_hat).square().sum()
+        self.fired += (latents > 0).sum(0)
+
+    def result(self) -> dict[str, float]:
+        mean, mean_hat = self.sum_x / self.n, self.sum_x_hat / self.n
+        centred_hh = self.hh - self.n * mean_hat @ mean_hat
+        centred_hx = self.hx - self.n * mean_hat @ mean
+        values = {
+            "l0": self.fired.sum() / self.n,
+            "fvu": self.ee / (self.xx - self.n * mean @ mean),
+            "gamma": self.hh / self.hx,
+            "gamma_centred": centred_hh / centred_hx,
+            "dead_fraction": (self.fired == 0).double().mean(),
+        }
+        return {key: float(value) for key, value in values.items()}
+
+    def density(self) -> Tensor:
+        return self.fired / self.n
+
+
+def kl_divergence(logits: Tensor, logits_new: Tensor) -> Tensor:
+    """KL(orig ‖ new) = Σ_v p_orig (log p_orig − log p_new) in nats, over the last axis."""
+    log_p, log_q = logits.float().log_softmax(-1), logits_new.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def ce_recovered(ce_sae: float, ce_clean: float, ce_ablated: float) -> float:
+    """1 − (CE_sae − CE_clean) / (CE_ablated − CE_clean): 1 is lossless, 0 no better than the ablation."""
+    gap = ce_ablated - ce_clean
+    return 1 - (ce_sae - ce_clean) / gap if gap else math.nan
+
+
+@torch.no_grad()
+def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: dict | None = None):
+    """Measure one SAE, or several on the same tokens (`{"name": sae}`), by splicing x̂ into the model.
+
+    rows: token rows [n, n_ctx] that neither the SAE nor the model was trained on. `sae` may be any callable x → object with
+    x_hat and latents (a principal-component "SAE", say). Returns a dict of floats, or one per name:
+
+    l0, fvu, gamma, gamma_centred, dead_fraction: `ReconstructionSums` over positions ≥ 1.
+    ce_clean, ce_sae, ce_zero, ce_mean: cross-entropy with the activation at positions ≥ 1 left alone, replaced by x̂, by
+    zero, by its mean over these tokens; position 0 stays clean. Mean over predictions made at positions ≥ 1.
+    ce_recovered_zero, ce_recovered_mean: `ce_recovered` against the two ablations (zero as in arXiv 2404.16014).
+    kl: KL(orig ‖ new) of the predictions, mean over positions ≥ 1.
+    densities: a dict that receives density [d_sae] under each name ("" for a single SAE).
+    """
+    saes = sae if isinstance(sae, dict) else {"": sae}
+    device = lm.cfg.device
+    chunks = [
+        torch.from_numpy(rows[i : i + batch_rows].astype("int64")).to(device) for i in range(0, len(rows), batch_rows)
+    ]
+    mean = sum(run_prefix(lm, c, [hook_name])[hook_name][:, 1:].double().sum((0, 1)) for c in chunks)
+    mean = (mean / sum(c[:, 1:].numel() for c in chunks)).float()
+    sums: dict[str, ReconstructionSums] = {}
+    nats = {key: 0.0 for key in ("clean", "zero", "mean", *(f"ce/{n}" for n in saes), *(f"kl/{n}" for n in saes))}
+    n_predictions = 0
+
+    def loss_with(tokens, replacement):
+        """Summed loss of predictions at positions ≥ 1 with x replaced there, and the logits."""
+
+        def splice(x):
+            return torch.cat([x[:, :1], replacement.to(x.dtype).expand(len(x), x.shape[1] - 1, -1)], 1)
+
+        logits = run_spliced(lm, tokens, hook_name, splice)
+        return token_loss(logits, tokens)[:, 1:].double().sum(), logits
+
+    for tokens in chunks:
+        clean: dict[str, Tensor] = {}
+        logits = run_spliced(lm, tokens, hook_name, lambda x: clean.setdefault("x", x))
+        x = clean["x"][:, 1:].float()
+        n_predictions += tokens[:, 2:].numel()
+        nats["clean"] += token_loss(logits, tokens)[:, 1:].double().sum()
+        nats["zero"] += loss_with(tokens, torch.zeros_like(x))[0]
+        nats["mean"] += loss_with(tokens, mean)[0]
+        for name, sae in saes.items():
+            out = sae(x)
+            if name not in sums:
+                sums[name] = ReconstructionSums(x.shape[-1], out.latents.shape[-1], device)
+            sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), out.latents.flatten(0, 1))
+            loss, logits_new = loss_with(tokens, out.x_hat)
+            nats[f"ce/{name}"] += loss
+            nats[f"kl/{name}"] += kl_divergence(logits[:, 1:-1], logits_new[:, 1:-1]).double().sum()
+    ce = {key: float(value) / n_predictions for key, value in nats.items()}
+    results = {}
+    for name in saes:
+        result = sums[name].result() | {"ce_clean": ce["clean"], "ce_sae": ce[f"ce/{name}"]}
+        result |= {"ce_zero": ce["zero"], "ce_mean": ce["mean"], "kl": ce[f"kl/{name}"]}
+        for ablation in ("zero", "mean"):
+            result[f"ce_recovered_{ablation}"] = ce_recovered(result["ce_sae"], ce["clean"], ce[ablation])
+        results[name] = result
+        if densities is not None:
+            densities[name] = sums[name].density().float().cpu()
+    return results[""] if "" in saes else results

@@ -1,0 +1,144 @@
+"""SAE architectures: how an activation x becomes latents, and latents become x̂.
+
+    latents = select(relu((x − b_dec) W_enc + b_enc)),    x̂ = latents W_dec + b_dec
+
+Every class centres its input by `b_dec` and returns the same `SAEOutput`. In training mode a forward updates the SAE's
+counters; in eval mode it uses the inference rule. An fp32 SAE computes in fp32.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .sparse import densify, pre_activations, sparse_decode, topk_encode
+
+
+@dataclass
+class SAEOutput:
+    """What a forward returns, for every architecture; `batch` is the product of x's leading axes."""
+
+    x_hat: Tensor  # reconstruction, shaped like x
+    values: Tensor | None = None  # active latents: [batch, k], or flat where tokens differ in number; None if dense
+    indices: Tensor | None = None  # their latent index, shaped like values
+    offsets: Tensor | None = None  # [batch + 1], where flat values of each token begin
+    dense: Tensor | None = None  # [batch, d_sae] for an architecture without a sparse form
+    d_sae: int = 0
+    extra: dict[str, Tensor] = field(default_factory=dict)  # what only the class's own loss needs
+
+    @property
+    def latents(self) -> Tensor:
+        """Dense latents [..., d_sae], made when read; `...` are x's leading axes."""
+        dense = self.dense
+        if dense is None:
+            dense = densify(self.values, self.indices, self.d_sae)
+        return dense.view(*self.x_hat.shape[:-1], self.d_sae)
+
+
+class SAE(nn.Module):
+    """Parameters, counters and checks that all architectures share; a subclass says how latents are chosen.
+
+    W_enc [d_in, d_sae] (kept transposed in memory: its sparse gradient comes by rows of latents), b_enc [d_sae],
+    W_dec [d_sae, d_in] with rows of unit norm, b_dec [d_in]. At the start W_enc = W_decᵀ, random directions, and biases are 0.
+    `tokens_since_fired` [d_sae] counts training tokens since a latent was last active; at `dead_after` it counts as dead.
+    """
+
+    architecture = ""  # SAELens' name for the saved form
+    unit_norm = True  # `train` keeps the rows of W_dec at norm 1
+
+    def __init__(self, d_in: int, d_sae: int):
+        super().__init__()
+        for name, value in (("d_in", d_in), ("d_sae", d_sae)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: it has to be a whole number of at least 1")
+        self.d_in, self.d_sae, self.dead_after = d_in, d_sae, 10_000_000
+        directions = nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
+        self.W_enc = nn.Parameter(directions.clone().T)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(directions)
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))
+        self.register_buffer("initialised", torch.tensor(False))  # has `train` set b_dec
+
+    @property
+    def arguments(self) -> dict:
+        """What the class was called with: enough, with the state, to make it again."""
+        return {"d_in": self.d_in, "d_sae": self.d_sae}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x as [batch, d_in] in the SAE's dtype; ValueError if its last axis is not d_in."""
+        if x.shape[-1] != self.d_in:
+            raise ValueError(f"x has shape {list(x.shape)}; its last axis has to be d_in={self.d_in}")
+        return x.reshape(-1, self.d_in).to(self.W_dec.dtype)
+
+    def dead(self) -> Tensor:
+        """Boolean [d_sae]: not active in the last `dead_after` training tokens."""
+        return self.tokens_since_fired >= self.dead_after
+
+    @torch.no_grad()
+    def count(self, active: Tensor, n_tokens: int) -> None:
+        """Record a training batch in which the latents `active` (indices, repeats allowed) fired."""
+        self.tokens_since_fired += n_tokens
+        self.tokens_since_fired[active] = 0
+
+    def pre_activations(self, x: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
+        """(x − b_dec) W_enc + b_enc of some latents (default all), [batch, n_latents]."""
+        return pre_activations(self.rows(x), self.W_enc[:, latents], self.b_enc[latents], self.b_dec)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense latents [..., d_sae] ≥ 0 by the inference rule, without gradient."""
+        training = self.training
+        self.train(False)
+        try:
+            return self(x).latents
+        finally:
+            self.train(training)
+
+    def decode(self, f: Tensor) -> Tensor:
+        """x̂ = f W_dec + b_dec, [..., d_in], of dense latents f [..., d_sae]."""
+        return f @ self.W_dec + self.b_dec
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Scale the rows of W_dec to norm 1."""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(self.W_dec.dtype).tiny)
+
+    @torch.no_grad()
+    def project_decoder_gradient(self) -> None:
+        """Take out of W_dec's gradient its part along each row, which the normalisation would undo."""
+        if self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+
+
+class TopKSAE(SAE):
+    """Keep the k largest latents of every token (arXiv 2406.04093; the base of arXiv 2411.10397 and 2410.14670).
+
+        latents = TopK(relu((x − b_dec) W_enc + b_enc)),    x̂ = latents W_dec + b_dec
+
+    k: active latents per token, 1 ≤ k ≤ d_sae; fewer where fewer pre-activations are positive.
+    """
+
+    architecture = "topk"
+
+    def __init__(self, d_in: int, d_sae: int, k: int = 32):
+        super().__init__(d_in, d_sae)
+        if not isinstance(k, int) or not 1 <= k <= d_sae:
+            raise ValueError(f"k={k!r}: active latents per token have to be between 1 and d_sae={d_sae}")
+        self.k = k
+
+    @property
+    def arguments(self) -> dict:
+        return super().arguments | {"k": self.k}
+
+    def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
+        rows = self.rows(x)
+        values, indices = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k)
+        x_hat = sparse_decode(values, indices, self.W_dec) + self.b_dec
+        if self.training:
+            self.count(indices[values > 0], len(rows))
+        return SAEOutput(x_hat.view(x.shape), values, indices, d_sae=self.d_sae)

@@ -1,0 +1,107 @@
+"""Save and load SAEs, as a directory that SAELens 6 opens too: cfg.json and sae_weights.safetensors.
+
+The weights are exactly the tensors SAELens expects of the architecture. What it has no place for (our counters and flags) is in
+`sae_utils_state.safetensors`, and `metadata.sae_utils` in cfg.json names the class and its arguments, so that `load_sae` gives
+the very class back, bit for bit. No pickle is read or written.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from . import sae as architectures
+from .files import read_json, replacing
+
+WEIGHTS = {"topk": ("W_enc", "b_enc", "W_dec", "b_dec")}  # by SAELens architecture
+FOREIGN = {"topk": lambda cfg: architectures.TopKSAE(cfg["d_in"], cfg["d_sae"], cfg.get("k", 100))}
+SAELENS_VERSION = "6.54.0"  # the format written
+
+
+def save_sae(sae, path, metadata: dict | None = None) -> Path:
+    """Write the SAE to directory `path`, replacing an SAE that is there.
+
+    metadata: JSON values about its making; SAELens reads model_name, hook_name, context_size, prepend_bos and dataset_path.
+    """
+    path = Path(path)
+    is_sae = (path / "cfg.json").exists() and (path / "sae_weights.safetensors").exists()
+    if path.exists() and not is_sae and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists and is no SAE directory: it is not overwritten")
+    names = WEIGHTS[sae.architecture]
+    state = {key: value.detach().cpu().contiguous() for key, value in sae.state_dict().items()}
+    cfg = {
+        "architecture": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    if sae.architecture == "topk":
+        cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    ours = {"class": type(sae).__name__, "arguments": sae.arguments}
+    cfg["metadata"] = {"sae_lens_version": SAELENS_VERSION, "prepend_bos": False, **(metadata or {}), "sae_utils": ours}
+    with replacing(path) as new:
+        new.mkdir()
+        save_file({key: state[key] for key in names}, new / "sae_weights.safetensors")
+        save_file({key: value for key, value in state.items() if key not in names}, new / "sae_utils_state.safetensors")
+        (new / "cfg.json").write_text(json.dumps(cfg, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def load_sae(path, device: str = "cpu"):
+    """The SAE saved in directory `path`, in eval mode; a directory written by SAELens itself is read as the nearest class here.
+
+    Raises FileNotFoundError if there is no SAE, ValueError (with the path) if a file is truncated, foreign or does not fit.
+    """
+    path = Path(path)
+    if not (path / "cfg.json").exists() or not (path / "sae_weights.safetensors").exists():
+        raise FileNotFoundError(f"{path} holds no SAE: cfg.json and sae_weights.safetensors are looked for there")
+    cfg = read_json(path / "cfg.json")
+    try:
+        state = load_file(path / "sae_weights.safetensors")
+        ours = cfg.get("metadata", {}).get("sae_utils")
+        sae = getattr(architectures, ours["class"])(**ours["arguments"]) if ours else foreign(cfg)
+        if (extra := path / "sae_utils_state.safetensors").exists():
+            state |= load_file(extra)
+        elif ours:
+            raise ValueError("sae_utils_state.safetensors is missing")
+        if not ours:
+            state = dict(sae.state_dict(), **fold(cfg, state), initialised=torch.tensor(True))
+        sae.to(getattr(torch, cfg["dtype"].removeprefix("torch."))).load_state_dict(state)
+    except KeyError as error:
+        raise ValueError(f"{path} is not a whole SAE directory: {error} is missing") from None
+    except (SafetensorError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole SAE directory: {error}") from None
+    return sae.to(device).eval()
+
+
+def foreign(cfg: dict):
+    """An SAE of ours for a configuration that SAELens wrote."""
+    if cfg["architecture"] not in FOREIGN:
+        raise ValueError(f"architecture={cfg['architecture']!r}: {', '.join(FOREIGN)} can be loaded")
+    if cfg.get("normalize_activations", "none") != "none":
+        raise ValueError(
+            f"normalize_activations={cfg['normalize_activations']!r}: fold the scaling into the weights first"
+        )
+    return FOREIGN[cfg["architecture"]](cfg)
+
+
+def fold(cfg: dict, state: dict) -> dict:
+    """SAELens' weights, as exact weights of an SAE that centres its input by b_dec and takes its latents as they are."""
+    if not cfg.get("apply_b_dec_to_input", True):  # relu(x W + b) = relu((x − b_dec) W + (b + b_dec W))
+        state["b_enc"] = state["b_enc"] + state["b_dec"] @ state["W_enc"]
+    if cfg.get(
+        "rescale_acts_by_decoder_norm", False
+    ):  # latents are chosen by their size times their decoder row's norm
+        norm = state["W_dec"].norm(dim=1)
+        state |= {
+            "W_enc": state["W_enc"] * norm,
+            "b_enc": state["b_enc"] * norm,
+            "W_dec": state["W_dec"] / norm[:, None],
+        }
+    return state

@@ -1,0 +1,369 @@
+"""Executing notebooks with papermill: one run, the runs another one needs, and whole sweeps.
+
+    python -m sae_utils.sweep run NOTEBOOK [-p name value]...
+    python -m sae_utils.sweep SWEEP.toml [--engine local] [--list] [--dry-run] [--shard i/n] [--keep-stale]
+
+A sweep is a TOML file: a `[shared]` table, applied to every notebook that declares the name, then one table per notebook
+(`[01_train_topk]`) in the order of execution; an empty table is one run with the defaults. A list where the notebook
+declares a scalar is swept over, several lists as their product. The sweep in force, named by `$SAE_UTILS_TIER`, also gives
+the parameters of the runs that `require` has to make (of a swept list the first).
+
+papermill only warns of a misspelt name and never checks a type, hence the checks here. Imports no torch, and papermill only
+to execute.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from pathlib import Path
+
+from filelock import Timeout
+
+from . import runs
+from .files import lock, read_json
+from .runs import Run, check_parameters, near, notebook_path, parameters_of
+
+SHARED = ["model", "dataset", "hook_name", "n_tokens", "seed", "device", "output_dir"]
+TIME_LIMIT = 24 * 3600  # seconds for one run, against a kernel that hangs
+TIER, KEEP_STALE, PARENT = "SAE_UTILS_TIER", "SAE_UTILS_KEEP_STALE", "SAE_UTILS_PARENT"
+
+
+class RunFailed(RuntimeError):
+    """A notebook failed; the message holds its parameters, the cell's error and the path of the executed part."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters: sweep files and the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_value(name: str, text: str, declared: str):
+    """A value from the command line, by its declared type ("false" is False for a bool); ValueError if it has another."""
+    kind, _, element = declared.rstrip("]").partition("[")
+    try:
+        if element:
+            items = [item.strip().strip("'\"") for item in text.strip().removeprefix("[").removesuffix("]").split(",")]
+            return [parse_value(name, item, element) for item in items if item]
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        return {"int": int, "float": float, "str": str, "list": json.loads, "dict": json.loads}[kind](text)
+    except (KeyError, ValueError):
+        raise ValueError(f"-p {name} {text}: {name} is declared {declared}") from None
+
+
+def parse_values(name: str, pairs) -> dict:
+    """The (name, text) pairs of the command line as parameters of a notebook."""
+    declared = runs.declared(notebook_path(name), [key for key, _ in pairs])
+    return {key: parse_value(key, text, declared[key].type) for key, text in pairs}
+
+
+def read_sweep(path) -> dict[str, dict]:
+    """The tables of a sweep file, checked: notebooks that exist, shared names that some notebook declares."""
+    try:
+        tables = tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such sweep file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    declared = {name for file in runs.notebooks_dir().glob("*.ipynb") for name in parameters_of(file)}
+    for table, values in tables.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {table!r} stands outside of a table; write it under [shared] or [NOTEBOOK]")
+        if table != "shared":
+            notebook_path(table)
+    for name in tables.get("shared", {}):
+        if name not in declared:
+            raise KeyError(f"{path}, [shared]: no notebook declares {name!r}{near(name, declared)}")
+    return tables
+
+
+def combinations(tables, name: str) -> list[dict]:
+    """The parameters that a sweep sets for one notebook: one dict for each run, swept lists as their product."""
+    own = tables.get(name, {})
+    declared = runs.declared(notebook_path(name), own)
+    values = {key: value for key, value in tables.get("shared", {}).items() if key in declared} | own
+    swept = {key for key, value in values.items() if type(value) is list and not declared[key].type.startswith("list")}
+    for key in swept:
+        if not values[key]:
+            raise ValueError(f"{name}: {key} = [] leaves nothing to run")
+    axes = [value if key in swept else [value] for key, value in values.items()]
+    return [check_parameters(notebook_path(name), dict(zip(values, point))) for point in itertools.product(*axes)]
+
+
+def resolve(name: str, params: dict) -> dict:
+    """All parameters of a run: those given, else those of the sweep in force, else the notebook's defaults."""
+    path = notebook_path(name)
+    tier = os.environ.get(TIER)
+    in_force = combinations(read_sweep(tier), name)[0] if tier else {}
+    defaults = {key: parameter.default for key, parameter in parameters_of(path).items()}
+    return defaults | in_force | check_parameters(path, params)
+
+
+def planned(path) -> list[tuple[str, dict]]:
+    """(notebook, all parameters) of every run of a sweep, in order."""
+    tables = read_sweep(path)
+    return [
+        (name, {key: parameter.default for key, parameter in parameters_of(notebook_path(name)).items()} | point)
+        for name in tables
+        if name != "shared"
+        for point in combinations(tables, name)
+    ]
+
+
+def notebook_name(text: str) -> str:
+    """The name of a notebook given by name or by path; ValueError for a path outside of the notebooks' directory."""
+    path = Path(text)
+    if path.suffix == ".ipynb" and path.resolve().parent != runs.notebooks_dir():
+        raise ValueError(f"{text} is not in {runs.notebooks_dir()}")
+    return path.stem if path.suffix == ".ipynb" else text
+
+
+def label(name: str, params: dict) -> str:
+    """A run in a line: the notebook and the parameters that differ from its defaults."""
+    defaults = parameters_of(notebook_path(name))
+    changed = [f"{k}={v}" for k, v in params.items() if v != defaults[k].default and k != "output_dir"]
+    return " ".join([name, *changed])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_limit=TIME_LIMIT) -> Run:
+    """The finished run of a notebook, executed only if it is not there or stale.
+
+    Parameters not given are those of the sweep in force, else the defaults. Of several processes that want the same run one
+    executes it and the others wait. The executed notebook stays in the run's directory, also when it failed.
+    Raises KeyError or TypeError for bad parameters, RunFailed when a cell fails, the kernel dies or `time_limit`
+    seconds are over.
+    """
+    params = resolve(notebook, params or {})
+    path = notebook_path(notebook)
+    directory = runs.run_dir(path, params)
+    found = runs.find_run(notebook, params, needs_saes)
+    if found and not found.stale():
+        return found
+    run_lock = lock(directory / "run")
+    try:
+        run_lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{label(notebook, params)}: another process is executing it, waiting", flush=True)
+        run_lock.acquire()
+    try:
+        if found := usable(notebook, params, keep_stale, needs_saes):
+            return found
+        error = execute(path, directory / "notebook.ipynb", params, time_limit)
+        if not error:
+            found = runs.find_run(notebook, params)
+            error = "" if found else "it came to its end without run.finish(), or its inputs changed meanwhile"
+    finally:
+        run_lock.release()
+    if error:
+        raise RunFailed(
+            f"{label(notebook, params)} failed: {error}\n"
+            f"  parameters: {params}\n  executed part: {directory / 'notebook.ipynb'}"
+        )
+    return found
+
+
+def usable(name: str, params: dict, keep_stale: bool, needs_saes: bool) -> Run | None:
+    """The finished run, unless it is stale and stale ones are not kept; staleness is said in a line."""
+    found = runs.find_run(name, params, needs_saes)
+    if found and (why := found.stale()):
+        keep_stale = keep_stale or bool(os.environ.get(KEEP_STALE))
+        print(f"{label(name, params)}: stale ({why}), {'kept' if keep_stale else 'repeating it'}", flush=True)
+        return found if keep_stale else None
+    return found
+
+
+def execute(path: Path, output: Path, params: dict, time_limit: float) -> str:
+    """Execute a notebook into `output` with papermill; returns what went wrong, or `""`.
+
+    A kernel that does not start is started once more; a cell is never repeated. The kernel works in the caller's directory,
+    so that relative paths among the parameters mean the same to both.
+    """
+    import papermill
+
+    defaults = parameters_of(path)
+    changed = {key: value for key, value in params.items() if value != defaults[key].default}
+    deadline = time.monotonic() + time_limit
+    for attempt in (1, 2):
+        output.unlink(missing_ok=True)
+        try:
+            papermill.execute_notebook(
+                path,
+                output,
+                changed,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # else they warn of plain TCP, each one
+                timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),
+            )
+            return ""
+        except papermill.PapermillExecutionError as error:
+            return f"{error.ename}: {error.evalue}"
+        except Exception as error:
+            if attempt == 2 or reached_a_cell(output):
+                if isinstance(error, TimeoutError):
+                    return f"it took longer than {time_limit:.0f} s"
+                return f"{type(error).__name__}: {error}"
+
+
+def reached_a_cell(output: Path) -> bool:
+    cells = read_json(output)["cells"] if output.exists() else []
+    return any(cell["metadata"].get("papermill", {}).get("start_time") for cell in cells)
+
+
+def require(name: str, /, needs_saes: bool = True, **params) -> Run:
+    """The finished run of another notebook, executed in a process of its own first if it is not there.
+
+    Parameters not named are the caller's where shared (`SHARED`), else those of the sweep in force, else the
+    notebook's defaults. The caller's manifest records the run. With `needs_saes=False` one that is
+    committed as reference, which has metrics and a manifest but no SAEs, will do.
+    """
+    caller = runs.current_run()
+    declared = parameters_of(notebook_path(name))
+    of_caller = caller.parameters if caller else {}
+    inherited = {key: of_caller[key] for key in SHARED if key in of_caller and key in declared}
+    params = resolve(name, inherited | params)
+    found = usable(name, params, False, needs_saes)
+    if found is None:
+        in_force = resolve(name, {})
+        command = ["run", name]
+        for key, value in params.items():
+            if value != in_force[key]:
+                command += ["-p", key, value if isinstance(value, str) else json.dumps(value)]
+        print(f"{label(name, params)} is not there yet: executing it", flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "sae_utils.sweep", *command],
+            env=os.environ | {PARENT: str(os.getpid())},
+            capture_output=True,
+            text=True,
+        )
+        found = runs.find_run(name, params)
+        if done.returncode or not found:
+            raise RunFailed(f"required by {caller.name if caller else 'you'}: {done.stderr.strip()}")
+    if caller:
+        caller.record(found)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def state(name: str, params: dict) -> str:
+    """`"finished"`, `"stale (why)"` or `"missing"`; the runs committed as reference count."""
+    found = runs.find_run(name, params, needs_saes=False)
+    why = found.stale() if found else ""
+    return f"stale ({why})" if why else "finished" if found else "missing"
+
+
+def sweep(plan, keep_stale: bool = False) -> int:
+    """Execute the planned runs one after the other; returns how many failed, after a table and the failures in full."""
+    rows, failures = [], []
+    for i, (name, params) in enumerate(plan, start=1):
+        start, there = time.monotonic(), state(name, params) == "finished"
+        try:
+            done = run(name, params, keep_stale=keep_stale, needs_saes=False)
+            rows.append((label(name, params), f"{done.manifest['wall_seconds'] / 60:.1f}", key_metrics(done), done.dir))
+            outcome = "found" if there else "done"
+        except Exception as error:
+            failures.append(str(error) if isinstance(error, RunFailed) else f"{label(name, params)} failed: {error!r}")
+            outcome = "FAILED"
+        minutes = (time.monotonic() - start) / 60
+        print(f"[{i}/{len(plan)}] {label(name, params)}: {outcome}, {minutes:.1f} min", flush=True)
+    print()
+    print_table([("run", "minutes", "metrics", "directory"), *rows])
+    for failure in failures:
+        print(f"\n{failure}", file=sys.stderr)
+    return len(failures)
+
+
+def key_metrics(done: Run, n: int = 3) -> str:
+    """The metrics that the run lists under `"key"`, else its first few numbers."""
+    metrics = done.metrics
+    numbers = {name: value for name, value in metrics.items() if type(value) in (int, float)}
+    names = [name for name in metrics["key"] if name in numbers] if "key" in metrics else list(numbers)[:n]
+    return " ".join(f"{name}={numbers[name]:.4g}" for name in names)
+
+
+def print_table(rows) -> None:
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(str(item).ljust(width) for item, width in zip(row, widths)).rstrip())
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`"i/n"`, 1 ≤ i ≤ n."""
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 1 ≤ i ≤ n")
+    return int(i), int(n)
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone, be it killed; the kernel it drives then ends itself."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main(argv=None) -> int:
+    """The command line; returns the exit code: 0, 1 when a run failed, 2 for a mistake in what was asked."""
+    argv = sys.argv[1:] if argv is None else argv
+    if PARENT in os.environ:
+        threading.Thread(target=end_with, args=(int(os.environ.pop(PARENT)),), daemon=True).start()
+    one = argparse.ArgumentParser(prog="python -m sae_utils.sweep run", description="Execute one notebook.")
+    one.add_argument("notebook", help="its name, such as 01_train_topk, or its path")
+    one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="params")
+    many = argparse.ArgumentParser(
+        prog="python -m sae_utils.sweep", description="Execute the runs of a sweep file. One run: `run NOTEBOOK`."
+    )
+    many.add_argument("sweep", metavar="SWEEP.toml")
+    many.add_argument("--engine", choices=["local"], default="local")
+    many.add_argument("--list", action="store_true", help="show the planned runs and their state")
+    many.add_argument("--dry-run", action="store_true", help="check all parameters and show what would be executed")
+    many.add_argument(
+        "--shard", type=shard, default=(1, 1), metavar="i/n", help="only every n-th planned run, from the i-th"
+    )
+    for parser in (one, many):
+        parser.add_argument("--keep-stale", action="store_true", help="use runs made by other sae_utils sources")
+    args = one.parse_args(argv[1:]) if argv[:1] == ["run"] else many.parse_args(argv)
+    if args.keep_stale:
+        os.environ[KEEP_STALE] = "1"  # for the notebooks' own `require`
+    try:
+        if argv[:1] == ["run"]:
+            name = notebook_name(args.notebook)
+            done = run(name, parse_values(name, args.params))
+            print_table([(label(name, done.parameters), key_metrics(done), done.dir)])
+            return 0
+        i, n = args.shard
+        plan = planned(args.sweep)[i - 1 :: n]
+        states = [state(name, params) for name, params in plan]  # reads all inputs, so that mistakes show at once
+        if args.list or args.dry_run:
+            ready = ["finished"] + [s for s in states if args.keep_stale and s.startswith("stale")]
+            shown = [(s, label(*planned_run)) for s, planned_run in zip(states, plan) if args.list or s not in ready]
+            print_table(shown or [("nothing to do",)])
+            return 0
+        os.environ[TIER] = str(Path(args.sweep).resolve())
+        return 1 if sweep(plan, args.keep_stale) else 0
+    except RunFailed as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        print(f"error: {error.args[0]}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The training loop: any SAEs, any objectives, one stream; checkpoints and exact resume.
+
+Per step and SAE: objective, backward, W_dec's gradient projected off its rows, gradient clipped, Adam, rows of W_dec
+renormalised (arXiv 2406.04093: project and renormalise, both).
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from .files import digest, replacing, source_hash
+from .losses import as_batch, reconstruction_loss
+
+
+def train(
+    sae,
+    batches,
+    objective=reconstruction_loss,
+    *,
+    n_steps: int,
+    lr: float | None = None,
+    seed: int = 0,
+    warmup: int | None = None,
+    decay: float = 0.2,
+    clip: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    bf16: bool = False,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train one SAE, or several on the same batches, `{"name": (sae, objective), …}`. Returns the history.
+
+    batches: any iterable of tensors [..., d_in] or batch dicts; a list or data loader is gone through again when it ends.
+    lr: Adam's peak rate; None applies the width rule 2e-4/√(d_sae/2¹⁴). It warms up over `warmup` steps (default
+    min(1,000, 5% of n_steps)), stays, and falls linearly to 0 over the last `decay` share of the steps (ours).
+    clip: largest gradient norm, per SAE. bf16: products in bfloat16 (autocast); otherwise exact fp32.
+    checkpoint: a file, written every `checkpoint_every` steps (rounded up to a row of the history) and at the end. If it
+    holds a training of these very settings, that one goes on where it stopped.
+
+    The first time an SAE is trained b_dec becomes the mean of the first batch; a second `train` keeps it. `dead_after` becomes
+    min(10M, 10% of the run's tokens). On one machine equal seeds give equal bits on CPU, interrupted or not.
+    History: ~200 rows a SAE: step, tokens, lr, the objective's scalars (each averaged since the row before), dead (the share
+    of dead latents), and with several SAEs `sae`, the name.
+
+    Raises FloatingPointError naming the batch if x or a loss is not finite (the checkpoint keeps the last good state);
+    ValueError for settings out of range, an empty stream, a damaged checkpoint or one of another training.
+    """
+    jobs = sae if isinstance(sae, dict) else {"": (sae, objective)}
+    if not isinstance(n_steps, int) or n_steps < 1:
+        raise ValueError(f"n_steps={n_steps!r}: it has to be a whole number of at least 1")
+    if lr is not None and not lr > 0:
+        raise ValueError(f"lr={lr!r}: it has to be above 0, or None for the width rule")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay!r}: a share of the steps, between 0 and 1")
+    warmup = min(1000, n_steps // 20) if warmup is None else warmup
+    rates = {name: lr or 2e-4 / math.sqrt(sae.d_sae / 2**14) for name, (sae, _) in jobs.items()}
+    optimizers = {
+        name: torch.optim.Adam(sae.parameters(), lr=rates[name], betas=betas, fused=True)
+        for name, (sae, _) in jobs.items()
+    }
+    described = {n: [type(s).__name__, s.arguments, describe(o)] for n, (s, o) in jobs.items()}
+    signature = digest([described, n_steps, lr, seed, warmup, decay, clip, betas, bf16])
+    device = next(iter(jobs.values()))[0].W_dec.device
+    log_every = max(1, n_steps // 200)
+    save_every = log_every * math.ceil(checkpoint_every / log_every)
+    step, history, scalars = 0, [], []
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if checkpoint and Path(checkpoint).exists():
+            step, history = load_checkpoint(checkpoint, jobs, optimizers, signature)
+        steps = tqdm(total=n_steps, initial=step, desc="train", mininterval=2, disable=not progress)
+        for batch in stream(batches, step, n_steps):
+            batch = as_batch(batch) | {"progress": step / n_steps}
+            x = batch["x"] = batch["x"].to(device)
+            for sae, _ in jobs.values() if step == 0 else ():
+                initialise(sae, x, n_steps)
+            factor = min(1, (step + 1) / max(warmup, 1), (n_steps - step) / max(decay * n_steps, 1))
+            scalars.append({"x": {"sum": x.sum()}})
+            for name, (sae, loss) in jobs.items():
+                sae.train()
+                with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+                    terms = loss(sae, batch)
+                update(sae, terms["loss"], optimizers[name], rates[name] * factor, clip)
+                scalars[-1][name] = {key: value.detach() for key, value in terms.items()}
+            step += 1
+            steps.update()
+            log = step % log_every == 0 or step == n_steps
+            if log or device.type == "cpu":  # reading a scalar makes a GPU wait, so there it is done once in a while
+                check_finite(scalars if log else scalars[-1:], step, checkpoint)
+            if log:
+                for name, (sae, _) in jobs.items():
+                    row = {"sae": name} if name else {}
+                    row |= {"step": step, "tokens": step * (x.numel() // x.shape[-1]), "lr": rates[name] * factor}
+                    for key in scalars[0][name]:
+                        row[key] = torch.stack([s[name][key].float() for s in scalars]).mean().item()
+                    history.append(row | {"dead": sae.dead().float().mean().item()})
+                scalars = []
+                if checkpoint and (step % save_every == 0 or step == n_steps):
+                    save_checkpoint(checkpoint, jobs, optimizers, signature, step, history)
+        steps.close()
+    for sae, _ in jobs.values():
+        sae.eval()
+    if step < n_steps:
+        warnings.warn(f"the batches ended after {step} of n_steps={n_steps}: the learning rate never reached its end")
+    return pd.DataFrame(history)
+
+
+def stream(batches, start: int, n_steps: int):
+    """Batches `start` … n_steps − 1. A stream with `from_step` is asked for its place; any other is skipped through."""
+    if hasattr(batches, "from_step"):
+        return itertools.islice(batches.from_step(start), n_steps - start)
+
+    def again():
+        while True:
+            empty = True
+            for batch in batches:
+                empty = False
+                yield batch
+            if empty or iter(batches) is batches:  # a generator ends once and for all
+                return
+
+    first = next(iterator := again(), None)
+    if first is None:
+        raise ValueError("batches is empty: it has to yield at least one [..., d_in] tensor or batch dict")
+    return itertools.islice(itertools.chain([first], iterator), start, n_steps)
+
+
+@torch.no_grad()
+def initialise(sae, x: Tensor, n_steps: int) -> None:
+    """Before the first step: b_dec = mean of x if this SAE was never trained, `dead_after` from the run's length."""
+    rows = sae.rows(x)
+    sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
+    if not sae.initialised:
+        sae.b_dec.copy_(rows.mean(0))
+        sae.initialised.fill_(True)
+
+
+def update(sae, loss: Tensor, optimizer, lr: float, clip: float) -> None:
+    """One optimiser step."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if sae.unit_norm:
+        sae.project_decoder_gradient()
+    torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    if sae.unit_norm:
+        sae.normalise_decoder()
+
+
+def check_finite(scalars: list[dict], step: int, checkpoint) -> None:
+    """Raise FloatingPointError naming the first batch in which x or a term of a loss is not finite."""
+    values = {(i, n, k): v for i, terms in enumerate(scalars) for n, t in terms.items() for k, v in t.items()}
+    finite = torch.isfinite(torch.stack([v.double() for v in values.values()])).tolist()
+    for (i, name, key), good in zip(values, finite):
+        if not good:
+            what = (
+                "the activations x" if name == "x" else f"{key!r} of the objective" + (f" of {name!r}" if name else "")
+            )
+            kept = f" The last good state is in {checkpoint}." if checkpoint and Path(checkpoint).exists() else ""
+            raise FloatingPointError(f"{what} became NaN or infinite in batch {step - len(scalars) + i}.{kept}")
+
+
+def describe(objective) -> str:
+    """Name and bound settings of an objective, the same in every process."""
+    if isinstance(objective, functools.partial):
+        return f"{describe(objective.func)}{objective.args}{sorted(objective.keywords.items())}"
+    return getattr(objective, "__qualname__", type(objective).__name__)
+
+
+def save_checkpoint(path, jobs, optimizers, signature: str, step: int, history: list[dict]) -> None:
+    tensors = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng_cuda"] = torch.cuda.get_rng_state()
+    for name, (sae, _) in jobs.items():
+        tensors |= {f"{name}/{key}": value for key, value in sae.state_dict().items()}
+        for key, parameter in sae.named_parameters():
+            tensors |= {f"{name}/adam/{key}/{k}": v for k, v in optimizers[name].state[parameter].items()}
+    about = {"signature": signature, "sources": source_hash(), "step": step, "history": history}
+    about["dead_after"] = {name: sae.dead_after for name, (sae, _) in jobs.items()}
+    with replacing(path) as new:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, new, {"training": json.dumps(about)})
+
+
+def load_checkpoint(path, jobs, optimizers, signature: str) -> tuple[int, list[dict]]:
+    """Restore everything in place; return the step and history. A checkpoint of older `sae_utils` sources is passed over."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["training"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint of ours ({error}): delete it to train from the start"
+        ) from None
+    if about["signature"] != signature:
+        raise ValueError(
+            f"{path} is the checkpoint of another training: give this one its own path, or delete the file"
+        )
+    if about["sources"] != source_hash():
+        warnings.warn(f"{path} was made by other sae_utils sources: training starts anew")
+        return 0, []
+    for name, (sae, _) in jobs.items():
+        sae.dead_after = about["dead_after"][name]
+        sae.load_state_dict({key: tensors[f"{name}/{key}"] for key in sae.state_dict()})
+        for key, parameter in sae.named_parameters():
+            prefix = f"{name}/adam/{key}/"
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            for k, v in state.items():
+                like = parameter.detach() if v.shape == parameter.shape else v.to(parameter.device)
+                optimizers[name].state[parameter][k] = torch.empty_like(like).copy_(v)
+    torch.set_rng_state(tensors["rng"])
+    if "rng_cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng_cuda"])
+    return about["step"], about["history"]
+
+
+def undertrained(history: pd.DataFrame) -> bool:
+    """Whether FVU still fell by more than 1% over the last tenth of the run (mean of the last 5% against the 5% before it)."""
+    fvu = history["fvu"].to_numpy()
+    n = max(1, len(fvu) // 20)
+    return len(fvu) > 2 * n and fvu[-n:].mean() < 0.99 * fvu[-2 * n : -n].mean()

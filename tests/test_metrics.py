@@ -1,0 +1,126 @@
+"""Every metric with a value worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sae_utils import TopKSAE, evaluate
+from sae_utils.metrics import ReconstructionSums, ce_recovered, kl_divergence
+from sae_utils.sae import SAEOutput
+
+
+def sums(x, x_hat, latents=None, chunk=None):
+    total = ReconstructionSums(x.shape[1], 1 if latents is None else latents.shape[1], "cpu")
+    latents = torch.zeros(len(x), 1) if latents is None else latents
+    for part in zip(*(t.split(chunk or len(x)) for t in (x, x_hat, latents))):
+        total.add(*part)
+    return total.result()
+
+
+def test_gamma_of_half_is_half():
+    assert sums(torch.tensor([[1.0]]), torch.tensor([[0.5]]))["gamma"] == 0.5
+
+
+def test_gamma_is_a_ratio_of_sums_and_both_forms_agree():
+    x, x_hat = torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [1.0]])
+    result = sums(x, x_hat)
+    assert result["gamma"] == (1 + 1) / (1 + 3)  # a mean of ratios would be 2/3
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, generator=generator) + 2
+    x_hat = 0.7 * x + 0.2 * torch.randn(50, 3, generator=generator)
+    hh, xx, ee = (t.square().sum().item() for t in (x_hat, x, x - x_hat))
+    assert sums(x, x_hat)["gamma"] == pytest.approx(2 * hh / (hh + xx - ee), rel=1e-5)
+    centred = sums(x - x.mean(0), x_hat - x_hat.mean(0))["gamma"]
+    assert sums(x, x_hat)["gamma_centred"] == pytest.approx(centred, rel=1e-4)
+
+
+def test_a_large_mean_hides_shrinkage_from_plain_gamma():
+    x = torch.tensor([[10.0], [12.0]])
+    shrunk = torch.tensor([[10.5], [11.5]])  # half the variation kept
+    result = sums(x, shrunk)
+    assert result["gamma"] > 0.99 and result["gamma_centred"] == pytest.approx(0.5)
+
+
+def test_fvu_l0_density_and_dead_by_hand():
+    x = torch.tensor([[0.0, 0.0], [2.0, 4.0]])
+    x_hat = torch.tensor([[0.0, 1.0], [2.0, 2.0]])
+    latents = torch.tensor([[1.0, 0.0, 0.0, 2.0], [3.0, 0.0, 0.0, 0.0]])
+    result = sums(x, x_hat, latents)
+    assert result["fvu"] == pytest.approx(0.5)  # (1 + 4) / 10
+    assert result["l0"] == 1.5 and result["dead_fraction"] == 0.5
+
+
+def test_sums_do_not_depend_on_the_chunks():
+    generator = torch.Generator().manual_seed(0)
+    x, x_hat = torch.randn(100, 4, generator=generator), torch.randn(100, 4, generator=generator)
+    assert sums(x, x_hat, chunk=7) == pytest.approx(sums(x, x_hat), rel=1e-10)
+
+
+def test_kl_has_a_direction():
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    forward = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert kl_divergence(p.log(), q.log()).item() == pytest.approx(forward, rel=1e-5)
+    assert kl_divergence(q.log(), p.log()).item() != pytest.approx(forward, rel=1e-2)
+
+
+def test_ce_recovered_by_hand():
+    assert ce_recovered(2.5, 2.0, 4.0) == 0.75
+    assert ce_recovered(2.0, 2.0, 4.0) == 1 and ce_recovered(4.0, 2.0, 4.0) == 0
+    assert math.isnan(ce_recovered(2.0, 2.0, 2.0))
+
+
+HOOK = "blocks.1.hook_resid_pre"
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return np.random.default_rng(0).integers(0, 100, (6, 16)).astype(np.uint16)
+
+
+def constant(vector):
+    return lambda x: SAEOutput(vector.expand_as(x), dense=torch.zeros(x.shape[:-1].numel(), 1), d_sae=1)
+
+
+def test_evaluate_at_its_fixed_points(tiny_gpt2, rows):
+    """Identity recovers all, zero and mean recover nothing, and the mean's FVU is 1."""
+    from sae_utils.lm import run_prefix, token_loss
+
+    x = run_prefix(tiny_gpt2, torch.from_numpy(rows.astype("int64")), [HOOK])[HOOK]
+    identity = lambda x: SAEOutput(x, dense=torch.ones(x.shape[:-1].numel(), 3), d_sae=3)  # noqa: E731
+    results = evaluate(
+        {"identity": identity, "zero": constant(torch.zeros(x.shape[-1])), "mean": constant(x[:, 1:].mean((0, 1)))},
+        tiny_gpt2, rows, HOOK, batch_rows=4,
+    )  # fmt: skip
+    assert results["identity"]["ce_recovered_mean"] == pytest.approx(1) == results["identity"]["ce_recovered_zero"]
+    assert results["identity"]["kl"] == pytest.approx(0, abs=1e-6) and results["identity"]["fvu"] == 0
+    assert results["identity"]["l0"] == 3 and results["identity"]["dead_fraction"] == 0
+    assert results["zero"]["ce_recovered_zero"] == pytest.approx(0, abs=1e-6)
+    assert results["mean"]["ce_recovered_mean"] == pytest.approx(0, abs=1e-4)
+    assert results["mean"]["fvu"] == pytest.approx(1, rel=1e-5) and results["mean"]["kl"] > 0
+    tokens = torch.from_numpy(rows.astype("int64"))
+    clean = token_loss(tiny_gpt2(tokens), tokens)[:, 1:].mean().item()
+    assert results["zero"]["ce_clean"] == pytest.approx(clean, rel=1e-5)
+
+
+def test_position_0_is_left_clean(tiny_gpt2, rows):
+    """Predictions at position 0 cannot change, so an SAE that only ruins position 0 changes nothing."""
+    seen = []
+
+    def spy(x):
+        seen.append(x.shape[1])
+        return SAEOutput(x, dense=torch.ones(x.shape[:-1].numel(), 1), d_sae=1)
+
+    evaluate(spy, tiny_gpt2, rows, HOOK)
+    assert set(seen) == {15}
+
+
+def test_one_sae_several_and_densities(tiny_gpt2, rows):
+    torch.manual_seed(0)
+    sae = TopKSAE(tiny_gpt2.cfg.d_model, 64, k=4).eval()
+    densities = {}
+    one = evaluate(sae, tiny_gpt2, rows, HOOK, densities=densities)
+    assert one == evaluate({"a": sae}, tiny_gpt2, rows, HOOK)["a"]
+    assert densities[""].sum().item() == pytest.approx(one["l0"], rel=1e-6)
+    assert one["dead_fraction"] == (densities[""] == 0).float().mean().item()

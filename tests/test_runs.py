@@ -1,0 +1,231 @@
+"""Run identity, directories and manifests."""
+
+import json
+import random
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+
+from sae_utils import runs
+from sae_utils.files import ROOT, digest, file_hash, model_hash, write_json
+from sae_utils.runs import Parameter, find_run, notebook_path, parameters_of, plain, run_id, start_run
+
+PARAMETERS = """
+# Comments and annotations are as in a real notebook.
+k: int = 8  # latents per token
+rate: float = 1e-3
+full = False
+name = "topk"
+sizes: list[int] = [1, 2]
+rates = [0.1, 1]
+seed: int = 0
+output_dir: str = ""
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """`notebook(name, parameters)` writes one; runs go to tmp_path/"runs"."""
+    monkeypatch.setenv("SAE_UTILS_NOTEBOOKS", str(tmp_path))
+    monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setattr(runs, "_current", None)
+
+    def write(name="01_toy", parameters=PARAMETERS, code="x = 1"):
+        cells = [nbformat.v4.new_code_cell(source) for source in (parameters, code)]
+        cells[0].metadata["tags"] = ["parameters"]
+        metadata = {"kernelspec": {"name": "python3", "display_name": ""}, "language_info": {"name": "python"}}
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path / f"{name}.ipynb")
+        return tmp_path / f"{name}.ipynb"
+
+    return write
+
+
+def defaults(path):
+    return {name: parameter.default for name, parameter in parameters_of(path).items()}
+
+
+def test_parameters_are_read_as_papermill_reads_them(notebook):
+    path = notebook()
+    found = parameters_of(path)
+    assert found["k"] == Parameter(8, "int")
+    assert found["rate"] == Parameter(0.001, "float")
+    assert found["full"] == Parameter(False, "bool")
+    assert found["name"] == Parameter("topk", "str")
+    assert found["sizes"] == Parameter([1, 2], "list[int]")
+    assert found["rates"] == Parameter([0.1, 1.0], "list[float]")
+    assert list(found) == list(papermill.inspect_notebook(path))
+
+
+@pytest.mark.parametrize(
+    "line", ["k = 2 * 4", "import os", "a = b = 1", "k: int | None = 3", "k = (1, 2)", "k: int = 1.5"]
+)
+def test_a_parameters_cell_that_papermill_would_get_wrong_is_refused(notebook, line):
+    with pytest.raises((ValueError, TypeError), match="k|os|a = b"):
+        parameters_of(notebook(parameters=line))
+
+
+def test_an_unknown_notebook_is_answered_with_the_near_one(notebook):
+    notebook("01_train_topk")
+    with pytest.raises(FileNotFoundError, match="did you mean '01_train_topk'"):
+        notebook_path("01_train_tpok")
+
+
+def test_the_id_changes_with_code_parameters_text_and_model_only(notebook, tmp_path):
+    text, model = tmp_path / "text.txt", tmp_path / "model"
+    text.write_text("one")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    path = notebook()
+    params = defaults(path) | {"dataset": str(text), "model": str(model)}
+    first = run_id(path, params)
+    assert len(first) == 12
+    assert run_id(path, params | {"output_dir": "elsewhere"}) == first
+    (model / "notes.json").write_text("not part of the model")
+    assert run_id(path, params) == first
+
+    others = [run_id(path, params | {"k": 9})]
+    text.write_text("two")
+    others.append(run_id(path, params))
+    (model / "model.safetensors").write_text("weights")
+    others.append(run_id(path, params))
+    notebook(code="x = 2")
+    others.append(run_id(path, params))
+    assert len({first, *others}) == 5
+
+
+def test_model_hash_of_files_and_names(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert model_hash(str(tmp_path)) == digest([("config.json", file_hash(tmp_path / "config.json"))])
+    assert model_hash("gpt2@main") == "gpt2@main"
+
+
+def test_a_run_from_start_to_finish(notebook, tmp_path):
+    path = notebook()
+    run = start_run("01_toy", defaults(path) | {"k": 16, "seed": 3, "something": "else"})
+    drawn = random.random(), np.random.rand()
+    assert run.dir == tmp_path / "runs" / "01_toy" / run.id and run.parameters["k"] == 16
+    assert find_run("01_toy", run.parameters) is None
+    run.checkpoint("topk").mkdir(parents=True)
+    run.finish(
+        {"fvu": np.float32(0.5), "ce": float("nan"), "alive": np.int64(3), "per_layer": np.ones(2), "a": {"b": 1}}
+    )
+
+    expected = {"a": {"b": 1}, "alive": 3, "ce": None, "fvu": 0.5, "per_layer": [1.0, 1.0]}
+    assert (run.dir / "metrics.json").read_text() == json.dumps(expected, indent=1) + "\n"
+    assert not (run.dir / "checkpoints").exists()
+    found = find_run("01_toy", run.parameters)
+    assert found.metrics == expected and found.stale() == ""
+    manifest = found.manifest
+    assert manifest["finished"] and manifest["seed"] == 3 and manifest["wall_seconds"] >= 0
+    assert manifest["versions"]["numpy"] == np.__version__ and manifest["versions"]["torch"]
+    assert set(manifest) >= {"sources", "git_commit", "git_dirty", "device", "corpus_hash", "model_hash", "requires"}
+
+    again = start_run("01_toy", run.parameters)
+    assert (random.random(), np.random.rand()) == drawn
+    assert again.id == run.id and find_run("01_toy", run.parameters) is None, "rerun by hand: not finished any more"
+
+
+def test_values_of_a_wrong_type_are_refused_before_anything_is_made(notebook, tmp_path):
+    path = notebook()
+    for name, value, declared in [
+        ("k", "8", "int"),
+        ("k", True, "int"),
+        ("full", 1, "bool"),
+        ("sizes", [1, 2.5], "int"),
+    ]:
+        with pytest.raises(TypeError, match=rf"{name}.*{declared}"):
+            start_run("01_toy", defaults(path) | {name: value})
+    with pytest.raises(NameError, match="k not set. Run the parameters cell"):
+        start_run("01_toy", {name: value for name, value in defaults(path).items() if name != "k"})
+    assert not (tmp_path / "runs").exists()
+    assert start_run("01_toy", defaults(path) | {"rate": 1}).parameters["rate"] == 1.0, "an int serves as a float"
+
+
+def test_only_the_unfinished_run_of_the_same_sources_keeps_its_checkpoints(notebook):
+    params = defaults(notebook())
+    run = start_run("01_toy", params)
+    run.checkpoint("topk").mkdir(parents=True)
+    assert start_run("01_toy", params).checkpoint("topk").exists()
+    write_json(run.dir / "manifest.json", run.manifest | {"sources": "other"})
+    assert not start_run("01_toy", params).checkpoint("topk").exists()
+
+
+def test_a_second_kernel_in_the_same_run_is_refused(notebook, monkeypatch):
+    path = notebook()
+    start = f"from sae_utils.runs import start_run; run = start_run('01_toy', {defaults(path)})"
+    other = [sys.executable, "-c", f"{start}; print('started', flush=True); input(); run.finish({{}})"]
+    with subprocess.Popen(other, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as kernel:
+        assert kernel.stdout.readline() == "started\n"
+        monkeypatch.setattr(runs, "KERNEL_WAIT", 0.1)
+        with pytest.raises(RuntimeError, match="another kernel is in the middle of this run"):
+            start_run("01_toy", defaults(path))
+        kernel.communicate("\n")
+    start_run("01_toy", defaults(path))
+
+
+def test_a_run_is_stale_if_its_sources_or_those_of_a_required_run_or_its_notebook_changed(notebook):
+    base = notebook("01_toy")
+    required = start_run("01_toy", defaults(base))
+    required.finish({})
+    params = defaults(notebook("02_toy"))
+    run = start_run("02_toy", params)
+    run.record(required)
+    run.finish({})
+    assert find_run("02_toy", params).stale() == ""
+    assert list(run.manifest["requires"]) == [f"01_toy/{required.id}"]
+
+    notebook("01_toy", code="x = 'changed'")
+    assert "whose notebook has changed" in find_run("02_toy", params).stale()
+    manifest = json.loads((run.dir / "manifest.json").read_text())
+    manifest["requires"][f"01_toy/{required.id}"]["sources"] = "other"
+    write_json(run.dir / "manifest.json", manifest)
+    assert find_run("02_toy", params).stale() == f"required 01_toy/{required.id}, which other sae_utils sources made"
+    write_json(run.dir / "manifest.json", manifest | {"sources": "other"})
+    assert find_run("02_toy", params).stale() == "made by other sae_utils sources"
+
+
+def test_reference_runs_count_where_no_saes_are_needed(notebook, tmp_path):
+    params = defaults(notebook())
+    run = start_run("01_toy", params)
+    run.finish({"fvu": 0.25})
+    run.dir.rename(tmp_path / "moved")
+    (tmp_path / "reference" / "01_toy").mkdir(parents=True)
+    (tmp_path / "moved").rename(tmp_path / "reference" / "01_toy" / run.id)
+    assert find_run("01_toy", params) is None
+    assert find_run("01_toy", params, needs_saes=False).metrics == {"fvu": 0.25}
+
+
+def test_torch_is_not_imported_but_seeded_if_the_notebook_has_it(notebook):
+    path = notebook()
+    start = f"from sae_utils.runs import start_run; run = start_run('01_toy', {defaults(path)}); "
+
+    def python(code):
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+    bare = python(f"import sys, sae_utils.sweep; {start} run.finish({{}}); print('torch' in sys.modules)")
+    assert bare.stdout == "False\n", bare.stderr
+    seeded = python(f"import torch; {start} print(torch.initial_seed())")
+    assert seeded.stdout == "0\n", seeded.stderr
+    late = python(f"{start} import torch; run.finish({{}})")
+    assert "torch was imported after start_run" in late.stderr
+
+
+def test_figures_are_saved(notebook):
+    pytest.importorskip("matplotlib").use("agg")
+    from matplotlib.figure import Figure
+
+    run = start_run("01_toy", defaults(notebook()))
+    figure = Figure(figsize=(7, 4))
+    figure.subplots().plot([1, 2])
+    run.figure(figure, "loss")
+    assert (run.dir / "figures" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_metrics_that_json_cannot_hold_are_named():
+    with pytest.raises(TypeError, match=r"metrics\['a'\]\[1\] is of type object"):
+        plain({"a": [1, object()]})

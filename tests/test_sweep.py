@@ -1,0 +1,328 @@
+"""Executing notebooks: checks, runs found and repeated, failures, kills, requirements. Real kernels, tiny notebooks."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from sae_utils import runs, sweep
+from sae_utils.files import ROOT, write_json
+from sae_utils.runs import find_run, start_run
+
+PARAMETERS = """k: int = 8
+rate: float = 1e-3
+flag: bool = True
+sizes: list[int] = [1, 2]
+seed: int = 0
+output_dir: str = ""
+"""
+LOG = "open(run.dir.parents[1] / 'log', 'a').write(f'{run.name} {k} {seed}\\n')"  # one line for every execution
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """`notebook(name, *code)` writes one that starts a run, logs it, runs the code and finishes."""
+    monkeypatch.setenv("SAE_UTILS_NOTEBOOKS", str(tmp_path))
+    monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
+    monkeypatch.setattr(runs, "_current", None)
+    monkeypatch.delenv(sweep.TIER, raising=False)
+    monkeypatch.delenv(sweep.KEEP_STALE, raising=False)
+    monkeypatch.chdir(ROOT)
+
+    def write(name, *code, finish="run.finish({'k': k, 'draw': random.random()})"):
+        start = f"import random\nfrom sae_utils.runs import start_run\nrun = start_run('{name}', globals())\n{LOG}"
+        cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, start, *code, finish)]
+        cells[0].metadata["tags"] = ["parameters"]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+
+    return write
+
+
+@pytest.fixture
+def log(tmp_path):
+    return lambda: (tmp_path / "runs" / "log").read_text().splitlines()
+
+
+def toml(tmp_path, text):
+    (tmp_path / "sweep.toml").write_text(text)
+    return str(tmp_path / "sweep.toml")
+
+
+def main(*argv):
+    """The command line in this process; what it puts into the environment is taken back."""
+    before = dict(os.environ)
+    try:
+        return sweep.main([str(arg) for arg in argv])
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def command(*argv, **kwargs):
+    return subprocess.Popen([sys.executable, "-m", "sae_utils.sweep", *argv], text=True, **kwargs)
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(pid):
+    """Whether the process runs (a zombie does not)."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params, error, message",
+    [
+        ({"rat": 0.1}, KeyError, "no parameter 'rat' .did you mean 'rate'"),
+        ({"k": "8"}, TypeError, "k='8' is of type str, but k is declared int"),
+        ({"k": True}, TypeError, "k=True is of type bool, but k is declared int"),
+        ({"flag": 1}, TypeError, "flag=1 .* declared bool"),
+        ({"sizes": [1, 2.0]}, TypeError, r"sizes\[1\]=2.0 is of type float, but sizes\[1\] is declared int"),
+        ({"sizes": (1, 2)}, TypeError, "declared list"),
+    ],
+)
+def test_misspelt_and_mistyped_parameters_are_refused_before_anything_runs(notebook, tmp_path, params, error, message):
+    notebook("01_toy")
+    with pytest.raises(error, match=message):
+        sweep.run("01_toy", params)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_values_of_the_command_line_are_read_by_the_declared_type(notebook):
+    notebook("01_toy")
+    pairs = [("flag", "false"), ("rate", "1e-4"), ("sizes", "[3, 4]"), ("k", "16"), ("output_dir", "")]
+    values = {"flag": False, "rate": 1e-4, "sizes": [3, 4], "k": 16, "output_dir": ""}
+    assert sweep.parse_values("01_toy", pairs) == values
+    assert sweep.parse_values("01_toy", [("sizes", "3,4")]) == {"sizes": [3, 4]}
+    for name, text in [("flag", "no"), ("k", "1.5"), ("sizes", "1,b"), ("rate", "fast")]:
+        with pytest.raises(ValueError, match=f"-p {name} {text}: {name} is declared"):
+            sweep.parse_values("01_toy", [(name, text)])
+    with pytest.raises(KeyError, match="did you mean 'seed'"):
+        sweep.parse_values("01_toy", [("sed", "1")])
+
+
+def test_a_list_is_swept_where_a_scalar_is_declared(notebook, tmp_path):
+    notebook("01_toy")
+    notebook("02_toy")
+    path = toml(tmp_path, "[shared]\nseed = [0, 1]\n[02_toy]\nk = [4, 2]\nsizes = [7, 8]\n[01_toy]\n")
+    plan = sweep.planned(path)
+    assert [(name, p["seed"], p["k"], p["sizes"]) for name, p in plan] == [
+        ("02_toy", 0, 4, [7, 8]),
+        ("02_toy", 0, 2, [7, 8]),
+        ("02_toy", 1, 4, [7, 8]),
+        ("02_toy", 1, 2, [7, 8]),
+        ("01_toy", 0, 8, [1, 2]),
+        ("01_toy", 1, 8, [1, 2]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[01_toy", "not valid TOML"),
+        ("k = 1\n[01_toy]", "'k' stands outside of a table"),
+        ("[01_tyo]", "no notebook '01_tyo'.*did you mean '01_toy'.*01_toy"),
+        ("[shared]\nsede = 1\n[01_toy]", "no notebook declares 'sede' .did you mean 'seed'"),
+        ("[01_toy]\nkk = 1", "no parameter 'kk'"),
+        ("[01_toy]\nk = [1, '2']", "k='2' is of type str"),
+        ("[01_toy]\nk = []", "k = .. leaves nothing to run"),
+    ],
+)
+def test_mistakes_in_a_sweep_file_are_said_and_nothing_runs(notebook, tmp_path, capsys, text, message):
+    notebook("01_toy")
+    assert main(toml(tmp_path, text)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert re.search(message, error), error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_sweep_file_and_notebook_are_said(notebook, tmp_path, capsys):
+    notebook("01_toy")
+    assert main(tmp_path / "none.toml") == 2
+    assert "none.toml: no such sweep file" in capsys.readouterr().err
+    assert main("run", "02_toy") == 2
+    assert "no notebook '02_toy'" in capsys.readouterr().err
+
+
+def test_shards_partition_the_plan(notebook, tmp_path, capsys):
+    notebook("01_toy")
+    path = toml(tmp_path, "[01_toy]\nseed = [1, 2, 3, 4, 5, 6, 7]\n")
+    shards = []
+    for i in (1, 2, 3):
+        assert main(path, "--list", "--shard", f"{i}/3") == 0
+        shards.append(capsys.readouterr().out.splitlines())
+    assert [len(shard) for shard in shards] == [3, 2, 2]
+    assert len({line for shard in shards for line in shard}) == 7
+    with pytest.raises(SystemExit):
+        main(path, "--shard", "4/3")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_found_not_repeated_unless_stale_and_equal_seeds_give_equal_bytes(notebook, log, tmp_path, capsys):
+    notebook("01_toy")
+    assert main("run", tmp_path / "01_toy.ipynb", "-p", "flag", "false", "-p", "seed", "5") == 0
+    done = sweep.run("01_toy", {"flag": False, "seed": 5})
+    assert done.parameters["flag"] is False and done.parameters["k"] == 8
+    assert (done.dir / "notebook.ipynb").exists()
+    assert log() == ["01_toy 8 5"], "the second call found the run"
+
+    write_json(done.dir / "manifest.json", done.manifest | {"sources": "other"})
+    first = (done.dir / "metrics.json").read_bytes()
+    capsys.readouterr()
+    assert sweep.run("01_toy", {"flag": False, "seed": 5}, keep_stale=True).id == done.id
+    assert "stale (made by other sae_utils sources), kept" in capsys.readouterr().out
+    path = toml(tmp_path, "[01_toy]\nflag = false\nseed = 5\n")
+    main(path, "--dry-run")
+    main(path, "--dry-run", "--keep-stale")
+    assert capsys.readouterr().out.splitlines() == [
+        "stale (made by other sae_utils sources)  01_toy flag=False seed=5",
+        "nothing to do",
+    ]
+    assert len(log()) == 1
+    assert sweep.run("01_toy", {"flag": False, "seed": 5}).stale() == ""
+    assert "repeating it" in capsys.readouterr().out
+    assert len(log()) == 2
+    assert (done.dir / "metrics.json").read_bytes() == first
+
+
+def test_a_failing_run_is_collected_and_the_others_go_on(notebook, log, tmp_path, capsys):
+    notebook("01_toy", "inverse = 1 / k")
+    path = toml(tmp_path, "[01_toy]\nk = [2, 0, 4]\n")
+    assert main(path) == 1
+    out, err = capsys.readouterr()
+    assert [line.split(", ")[0] for line in out.splitlines()[:3]] == [
+        "[1/3] 01_toy k=2: done",
+        "[2/3] 01_toy k=0: FAILED",
+        "[3/3] 01_toy k=4: done",
+    ]
+    assert "ZeroDivisionError: division by zero" in err and "'k': 0" in err
+    part = nbformat.read(err.split("executed part: ")[1].strip(), as_version=4)
+    assert any(output.output_type == "error" for cell in part.cells for output in cell.get("outputs", []))
+    assert main(path, "--list") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["finished", "missing", "finished"]
+    assert len(log()) == 3
+
+
+def test_a_notebook_that_never_finishes_its_run_has_failed(notebook):
+    notebook("01_toy", finish="pass")
+    with pytest.raises(sweep.RunFailed, match="without run.finish"):
+        sweep.run("01_toy")
+
+
+def test_a_dead_kernel_and_a_late_one_end_the_run_and_are_not_repeated(notebook, log):
+    notebook("01_toy", "import os, time\ntime.sleep(60) if flag else os._exit(1)")
+    with pytest.raises(sweep.RunFailed, match="it took longer than 4 s"):
+        sweep.run("01_toy", time_limit=4)
+    with pytest.raises(sweep.RunFailed, match="DeadKernelError"):
+        sweep.run("01_toy", {"flag": False})
+    assert len(log()) == 2
+
+
+def test_a_kernel_that_does_not_start_is_started_once_more(notebook, log, tmp_path, monkeypatch):
+    """Jupyter finds our kernel first; it exits at once the first time."""
+    code = f"import os, sys; p = {str(tmp_path / 'tried')!r}; new = not os.path.exists(p); open(p, 'a').close(); "
+    code += "new and sys.exit(1); from ipykernel.kernelapp import launch_new_instance; launch_new_instance()"
+    argv = [sys.executable, "-c", code, "-f", "{connection_file}"]
+    spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    write_json(spec, {"argv": argv, "display_name": "", "language": "python"})
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    notebook("01_toy")
+    sweep.run("01_toy")
+    assert (tmp_path / "tried").exists() and len(log()) == 1
+
+
+def test_after_a_kill_only_the_unfinished_is_repeated(notebook, log, tmp_path):
+    """kill -9 of the sweep in the middle of its second run; its kernel ends itself."""
+    wait = "import os, time\n(run.dir / 'pid').write_text(str(os.getpid()))\n"
+    wait += "while seed == 1 and not (run.dir.parents[1] / 'go').exists(): time.sleep(.05)"
+    notebook("01_toy", wait)
+    path = toml(tmp_path, "[01_toy]\nseed = [0, 1, 2]\n")
+    killed = command(path, stdout=subprocess.DEVNULL)
+    pids = tmp_path / "runs" / "01_toy"
+    wait_for(lambda: len(list(pids.glob("*/pid"))) == 2)
+    kernels = [int(file.read_text()) for file in pids.glob("*/pid")]
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    wait_for(lambda: not any(alive(pid) for pid in kernels), seconds=5)
+    (tmp_path / "runs" / "go").touch()
+    assert command(path, stdout=subprocess.DEVNULL).wait() == 0
+    assert log() == ["01_toy 8 0", "01_toy 8 1", "01_toy 8 1", "01_toy 8 2"]
+
+
+def test_of_two_processes_that_want_a_run_one_executes_it(notebook, log):
+    notebook("01_toy", "import time; time.sleep(2)")
+    both = [command("run", "01_toy", stdout=subprocess.PIPE) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("another process is executing it, waiting" in output for output in outputs) == 1
+    assert log() == ["01_toy 8 0"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requirements
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_notebook_gets_the_runs_it_requires(notebook, log, tmp_path, monkeypatch):
+    """seed comes from the caller, k from the sweep in force (its own table before [shared]), rate by name."""
+    notebook("01_toy")
+    notebook(
+        "02_toy",
+        "from sae_utils import require\nrequired = require('01_toy', rate=0.5)\nrequire('01_toy', rate=0.5)",
+        finish="run.finish({'required': required.metrics, 'parameters': required.parameters})",
+    )
+    path = toml(tmp_path, "[shared]\nk = 5\nseed = 9\n[01_toy]\nk = 6\n[02_toy]\nseed = 3\n")
+    assert main(path, "--shard", "2/2") == 0
+    monkeypatch.setenv(sweep.TIER, path)
+    done = find_run("02_toy", sweep.resolve("02_toy", {}))
+    wanted = {"k": 6, "rate": 0.5, "flag": True, "sizes": [1, 2], "seed": 3, "output_dir": ""}
+    assert done.metrics["parameters"] == wanted
+    required = find_run("01_toy", wanted)
+    assert done.metrics["required"] == required.metrics
+    assert list(done.manifest["requires"]) == [f"01_toy/{required.id}"]
+    assert log() == ["02_toy 5 3", "01_toy 6 3"]
+
+    by_hand = start_run("02_toy", sweep.resolve("02_toy", {}))
+    assert sweep.require("01_toy", rate=0.5).id == required.id
+    assert list(by_hand.manifest["requires"]) == [f"01_toy/{required.id}"]
+    assert len(log()) == 2
+
+
+def test_the_failure_of_a_required_run_is_shown_where_it_was_required(notebook, tmp_path):
+    notebook("01_toy", "inverse = 1 / (k - 8)")
+    with pytest.raises(sweep.RunFailed, match="(?s)required by you: .*01_toy failed: ZeroDivisionError"):
+        sweep.require("01_toy")
+    with pytest.raises(KeyError, match="no parameter 'kk'"):
+        sweep.require("01_toy", kk=1)
+
+
+def test_key_metrics_are_those_listed_or_the_first_numbers(tmp_path):
+    manifest = {"notebook": "01_toy", "run_id": "0", "parameters": {}}
+    run = runs.Run(tmp_path, manifest)
+    metrics = {"a": 1, "b": {"c": 2}, "d": 0.123456, "e": 3, "f": 4}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert sweep.key_metrics(run) == "a=1 d=0.1235 e=3"
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"key": ["f", "a"]}))
+    assert sweep.key_metrics(run) == "f=4 a=1"
