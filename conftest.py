@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from nbval.plugin import IPyNbCell
 from papermill.translators import PythonTranslator
 
@@ -24,8 +25,11 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
-def pytest_collection_modifyitems(items):
-    """Append the tier's parameters to each cell tagged `parameters`."""
+def pytest_collection_modifyitems(config, items):
+    """Append the tier's parameters to each cell tagged `parameters`; without a GPU deselect (and count) what needs one."""
+    if needs_gpu := [item for item in items if item.get_closest_marker("cuda") and not torch.cuda.is_available()]:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if item not in needs_gpu]
     for item in items:
         if isinstance(item, IPyNbCell) and "parameters" in item.cell.metadata.get("tags", []):
             if item.path.parent.resolve() == notebooks_dir():

@@ -135,7 +135,7 @@ def run_spliced(lm, tokens: Tensor, hook_name: str, replace) -> Tensor:
 
     def splice(activation, hook):
         new = replace(activation.flatten(2)) if callable(replace) else replace
-        return new.to(activation.dtype).reshape(activation.shape)
+        return new.to(activation.dtype).reshape(activation.shape).contiguous()  # some layers view it
 
     return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, splice)])
 

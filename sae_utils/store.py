@@ -71,6 +71,8 @@ def load_sae(path, device: str = "cpu"):
         elif ours:
             raise ValueError("sae_utils_state.safetensors is missing")
         if not ours:
+            if set(state) != set(names := WEIGHTS[cfg["architecture"]]):
+                raise ValueError(f"it holds the tensors {', '.join(sorted(state))}, not {', '.join(names)}")
             state = dict(sae.state_dict(), **fold(cfg, state), initialised=torch.tensor(True))
         sae.to(getattr(torch, cfg["dtype"].removeprefix("torch."))).load_state_dict(state)
     except KeyError as error:

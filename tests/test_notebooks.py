@@ -48,13 +48,11 @@ def test_a_notebook_starts_and_finishes_its_run_and_hides_no_failure(path):
     assert not [tags for tags, _ in cells if {"raises-exception", "nbval-raises-exception", "nbval-skip"} & set(tags)]
 
 
-@pytest.mark.skipif(not NOTEBOOKS, reason="no notebooks")
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_sweep_file_is_valid(path):
     assert sweep.planned(path)
 
 
-@pytest.mark.skipif(not (ROOT / "notebooks" / "01_train_topk.ipynb").exists(), reason="needs notebook 01")
 def test_executed_again_a_run_gives_equal_outputs(tmp_path, monkeypatch):
     monkeypatch.setenv(sweep.TIER, str(FAST))
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))

@@ -1,0 +1,343 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import kill_me, killed
+from safetensors.torch import load_file, save_file
+
+from sae_utils import TopKSAE, files, load_sae, save_sae, store
+
+
+@pytest.fixture
+def sae():
+    """A TopK SAE that has seen training: nothing in it is at its starting value."""
+    torch.manual_seed(0)
+    sae = TopKSAE(6, 20, k=3)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        sae.initialised.fill_(True)
+    sae.train()
+    for _ in range(3):
+        sae(torch.randn(5, 6))
+    assert len(set(sae.tokens_since_fired.tolist())) > 2
+    return sae
+
+
+def same(a, b) -> bool:
+    """Equal class, arguments and state, bit for bit."""
+    a_state, b_state = a.state_dict(), b.state_dict()
+    return (
+        type(a) is type(b)
+        and a.arguments == b.arguments
+        and a_state.keys() == b_state.keys()
+        and all(a_state[key].dtype == b_state[key].dtype for key in a_state)
+        and all(torch.equal(a_state[key], b_state[key]) for key in a_state)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_round_trip(sae, tmp_path, dtype):
+    sae.to(dtype)
+    assert save_sae(sae, tmp_path / "deep" / "topk") == tmp_path / "deep" / "topk"
+    loaded = load_sae(tmp_path / "deep" / "topk")
+    assert same(loaded, sae) and loaded.W_dec.dtype == dtype
+    assert not loaded.training and loaded.initialised and loaded.tokens_since_fired.max() > 0
+    assert loaded.W_enc.stride() == sae.W_enc.stride()  # the layout is part of its speed
+    assert loaded.W_enc.requires_grad and sae.training
+    x = torch.randn(4, 6, dtype=dtype)
+    if dtype != torch.bfloat16:
+        assert torch.equal(loaded(x).x_hat, sae.eval()(x).x_hat)
+
+
+def test_saving_again_gives_the_same_bytes(sae, tmp_path):
+    for name in ("a", "b"):
+        save_sae(load_sae(save_sae(sae, tmp_path / name, {"hook_name": "h"})), tmp_path / name, {"hook_name": "h"})
+    for file in ("cfg.json", "sae_weights.safetensors", "sae_utils_state.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_no_pickle_is_read_or_written(sae, tmp_path, monkeypatch):
+    import pickle
+
+    for module, name in ((torch, "load"), (torch, "save"), (pickle, "loads"), (pickle, "load"), (pickle, "dump")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a pickle"))
+    load_sae(save_sae(sae, tmp_path / "sae"))
+    assert sorted(p.name for p in (tmp_path / "sae").iterdir()) == [
+        "cfg.json", "sae_utils_state.safetensors", "sae_weights.safetensors",
+    ]  # fmt: skip
+
+
+def test_saelens_finds_what_it_wants(sae, tmp_path):
+    save_sae(sae, tmp_path / "sae", {"model_name": "m", "hook_name": "blocks.1.hook_resid_pre", "context_size": 8})
+    cfg = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    metadata = cfg.pop("metadata")
+    assert cfg == {
+        "architecture": "topk", "d_in": 6, "d_sae": 20, "dtype": "float32", "device": "cpu", "k": 3,
+        "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+    }  # fmt: skip
+    assert int(metadata["sae_lens_version"].split(".")[0]) >= 6
+    assert (metadata["model_name"], metadata["hook_name"]) == ("m", "blocks.1.hook_resid_pre")
+    assert metadata["context_size"] == 8 and metadata["prepend_bos"] is False
+    assert metadata["sae_utils"] == {"class": "TopKSAE", "arguments": {"d_in": 6, "d_sae": 20, "k": 3}}
+    weights = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+    assert shapes == {"W_enc": [6, 20], "b_enc": [20], "W_dec": [20, 6], "b_dec": [6]}
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    x = torch.randn(5, 6)
+    expected = saelens_topk(weights, cfg, x)
+    torch.testing.assert_close(load_sae(tmp_path / "sae")(x).x_hat, expected)
+
+
+def test_metadata_cannot_replace_ours(sae, tmp_path):
+    save_sae(sae, tmp_path / "sae", {"sae_utils": None, "prepend_bos": True})
+    assert same(load_sae(tmp_path / "sae"), sae)
+    assert json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]["prepend_bos"] is True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SAELens'
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def saelens_topk(weights, cfg, x):
+    """The forward of SAELens' TopKSAE, written from its source (6.54)."""
+    W_enc, b_enc, W_dec, b_dec = (weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    pre = (x - b_dec * cfg.get("apply_b_dec_to_input", True)) @ W_enc + b_enc
+    if rescale := cfg.get("rescale_acts_by_decoder_norm", False):
+        pre = pre * W_dec.norm(dim=-1)
+    top = pre.topk(cfg.get("k", 100), dim=-1)
+    latents = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+    if rescale:
+        latents = latents * (1 / W_dec.norm(dim=-1))
+    return latents @ W_dec + b_dec
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Writes a directory as SAELens does, from raw tensors; returns its path and the tensors."""
+
+    def write(architecture="topk", drop=(), weights=None, **cfg):
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"W_enc": (6, 20), "b_enc": (20,), "W_dec": (20, 6), "b_dec": (6,)}
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | (weights or {})
+        cfg = {"d_in": 6, "d_sae": 20, "dtype": "float32", "device": "cuda", "k": 3, "architecture": architecture} | cfg
+        cfg |= {"metadata": {"sae_lens_version": "6.54.0", "hook_name": "h"}}
+        cfg = {key: value for key, value in cfg.items() if key not in drop}
+        path = tmp_path / "saelens"
+        path.mkdir(exist_ok=True)
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if name not in drop}, path / "sae_weights.safetensors"
+        )
+        (path / "cfg.json").write_text(json.dumps(cfg))
+        return path, tensors, cfg
+
+    return write
+
+
+@pytest.mark.parametrize("centred", [True, False, None])
+@pytest.mark.parametrize("rescaled", [True, False, None])
+def test_a_directory_of_saelens_is_folded_exactly(foreign, centred, rescaled):
+    """Rows of W_dec of any norm; a key left out has SAELens' default."""
+    options = {"apply_b_dec_to_input": centred, "rescale_acts_by_decoder_norm": rescaled}
+    path, weights, cfg = foreign(**{key: value for key, value in options.items() if value is not None})
+    sae = load_sae(path)
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+    out = sae(x)
+    torch.testing.assert_close(out.x_hat, saelens_topk(weights, cfg, x), atol=2e-5, rtol=1e-5)
+    assert type(sae) is TopKSAE and sae.k == 3 and not sae.training
+    assert sae.initialised and sae.tokens_since_fired.sum() == 0  # train keeps its b_dec
+    if centred is not False and not rescaled:
+        assert all(torch.equal(sae.get_parameter(name), weights[name]) for name in weights)
+    if rescaled:
+        torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(20))
+
+
+def test_folding_by_hand(foreign):
+    """x = (1, 0), b_dec = (2, 0): W_enc = I, b_enc = 0 gives latents (1, 0) where the input is not centred."""
+    weights = {"W_enc": torch.eye(2), "W_dec": torch.eye(2), "b_enc": torch.zeros(2), "b_dec": torch.tensor([2.0, 0])}
+    path, *_ = foreign(d_in=2, d_sae=2, k=1, apply_b_dec_to_input=False, weights=weights)
+    sae = load_sae(path)
+    assert sae.b_enc.tolist() == [2, 0]
+    assert sae.encode(torch.tensor([[1.0, 0]])).tolist() == [[1, 0]]
+    assert sae(torch.tensor([[1.0, 0]])).x_hat.tolist() == [[3, 0]]
+
+
+def test_k_left_out_is_100_as_in_saelens(foreign):
+    weights = {
+        "W_enc": torch.ones(2, 120),
+        "W_dec": torch.ones(120, 2),
+        "b_enc": torch.zeros(120),
+        "b_dec": torch.zeros(2),
+    }
+    path, *_ = foreign(drop=["k"], d_in=2, d_sae=120, weights=weights)
+    assert load_sae(path).k == 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"architecture": "batchtopk"}, "architecture='batchtopk'"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
+        ({"drop": ["d_sae"]}, "'d_sae' is missing"),
+        ({"drop": ["architecture"]}, "'architecture' is missing"),
+        ({"drop": ["dtype"]}, "'dtype' is missing"),
+        ({"drop": ["W_enc"]}, "tensors W_dec, b_dec, b_enc, not W_enc, b_enc, W_dec, b_dec"),
+        ({"dtype": "float31"}, "float31"),
+        ({"dtype": "int64"}, "whole SAE"),
+        ({"k": 21}, "k=21"),
+        ({"k": "3"}, "k='3'"),
+        ({"d_in": -6}, "d_in=-6"),
+        ({"d_sae": 19}, "size mismatch"),
+        ({"weights": {"W_dec": torch.zeros(6, 20)}}, "size mismatch"),
+        ({"weights": {"threshold": torch.zeros(20)}}, "tensors .*threshold"),
+    ],
+)
+def test_a_directory_that_does_not_fit(foreign, cfg, message):
+    path, *_ = foreign(**cfg)
+    with pytest.raises(ValueError, match=message) as error:
+        load_sae(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["sae_weights.safetensors", "sae_utils_state.safetensors", "cfg.json"])
+@pytest.mark.parametrize("damage", ["truncated", "half", "empty", "foreign", "list"])
+def test_a_damaged_file(sae, tmp_path, file, damage):
+    path = save_sae(sae, tmp_path / "sae")
+    content = (path / file).read_bytes()
+    (path / file).write_bytes(
+        {
+            "truncated": content[:-3], "half": content[: len(content) // 2], "empty": b"", "foreign": b"\x80\x04K\x2a." * 50,
+            "list": b"[1, 2]",
+        }[damage]
+    )  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        load_sae(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "ours", [{"class": "NoSAE", "arguments": {}}, {"class": "TopKSAE", "arguments": {"k": 3}}, "TopKSAE", {}]
+)
+def test_metadata_that_names_no_class(sae, tmp_path, ours):
+    path = save_sae(sae, tmp_path / "sae")
+    cfg = json.loads((path / "cfg.json").read_text())
+    cfg["metadata"]["sae_utils"] = ours
+    cfg["architecture"] = "other"
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(ValueError) as error:
+        load_sae(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_files(sae, tmp_path):
+    path = save_sae(sae, tmp_path / "sae")
+    (path / "sae_utils_state.safetensors").unlink()
+    with pytest.raises(ValueError, match="sae_utils_state.safetensors is missing"):
+        load_sae(path)
+    for file in ("sae_weights.safetensors", "cfg.json"):
+        (path / file).unlink()
+        with pytest.raises(FileNotFoundError, match=f"{path} holds no SAE"):
+            load_sae(path)
+    with pytest.raises(FileNotFoundError, match="holds no SAE"):
+        load_sae(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overwriting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_sae_is_not_overwritten(sae, tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "thesis.tex").write_text("years of work")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "cfg.json").write_text("{}")  # many tools call their configuration so
+    for path in (notes, other, notes / "thesis.tex"):
+        with pytest.raises(ValueError, match=f"{path} exists and is no SAE directory"):
+            save_sae(sae, path)
+    assert (notes / "thesis.tex").read_text() == "years of work" and (other / "cfg.json").read_text() == "{}"
+    (tmp_path / "empty").mkdir()
+    assert same(load_sae(save_sae(sae, tmp_path / "empty")), sae)
+
+
+def test_an_sae_is_replaced(sae, tmp_path):
+    path = save_sae(sae, tmp_path / "sae")
+    other = TopKSAE(4, 8, k=2)
+    save_sae(other, path)
+    assert same(load_sae(path), other)
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_error_while_saving_leaves_the_old_sae(sae, tmp_path, exchange, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
+    path = save_sae(sae, tmp_path / "sae")
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_sae(TopKSAE(4, 8, k=2), path, {"when": object()})
+    assert same(load_sae(path), sae) and [p.name for p in tmp_path.iterdir()] == ["sae"]
+    save_sae(other := TopKSAE(4, 8, k=2), path)
+    assert same(load_sae(path), other) and [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def truncate_and_die(tensors, path):
+    save_file(tensors, path)
+    with open(path, "r+b") as f:
+        f.truncate(path.stat().st_size // 2)
+    kill_me()
+
+
+MOMENTS = {  # where the child dies, and whether the old SAE or the new one is there then
+    "weights half written": (store, "save_file", truncate_and_die, "old"),
+    "all written": (files.os, "fsync", kill_me, "old"),
+    "before the exchange": (files, "exchange", kill_me, "old"),
+    "after the exchange": (files.shutil, "rmtree", kill_me, "new"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_while_saving_leaves_a_whole_sae(sae, tmp_path, moment):
+    module, name, die, left = MOMENTS[moment]
+    path = save_sae(sae, tmp_path / "sae")
+    new = TopKSAE(4, 8, k=2)
+
+    def work():
+        setattr(module, name, die)
+        save_sae(new, path)
+
+    assert killed(work)
+    assert same(load_sae(path), new if left == "new" else sae)
+    save_sae(new, path)
+    assert same(load_sae(path), new)
+
+
+def test_a_first_save_killed_is_no_sae(sae, tmp_path):
+    def work():
+        store.save_file = truncate_and_die
+        save_sae(sae, tmp_path / "sae")
+
+    assert killed(work)
+    with pytest.raises(FileNotFoundError):
+        load_sae(tmp_path / "sae")
+    assert same(load_sae(save_sae(sae, tmp_path / "sae")), sae)
+
+
+def test_a_moved_directory_loads(sae, tmp_path):
+    shutil.move(save_sae(sae, tmp_path / "sae"), tmp_path / "elsewhere")
+    assert same(load_sae(str(Path(tmp_path / "elsewhere"))), sae)
