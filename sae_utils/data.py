@@ -104,6 +104,7 @@ def token_stream(dataset, tokenizer, split, text_field="text", batch=64):
         fast = copy.deepcopy(tokenizer.backend_tokenizer)
         fast.no_padding()
         fast.no_truncation()
+        fast.encode_special_tokens = True  # a text that spells "<|endoftext|>" does not end there
     while group := list(itertools.islice(texts, batch)):
         if tokenizer.is_fast:  # 40% less work than tokenizer(group), which also locates every token in the text
             ids = [encoding.ids for encoding in fast.encode_batch_fast(group, add_special_tokens=False)]

@@ -523,3 +523,11 @@ def test_a_missing_or_changed_file_is_left_out_and_reported(site, tokenizer):
 
 def test_the_corpus_is_that_of_this_interpreter():
     assert data.site_packages() == Path(sysconfig.get_paths()["purelib"])
+
+
+def test_a_text_that_spells_the_end_of_text_token_does_not_end_there(tmp_path, tokenizer):
+    text = "before <|endoftext|> after, " * 20
+    (tmp_path / "a.txt").write_text(text)
+    rows = tokens(tmp_path / "a.txt", tokenizer, 8)
+    assert (rows != tokenizer.eos_token_id).all()
+    assert text.startswith(tokenizer.decode(rows[0]))
