@@ -40,11 +40,13 @@ class SAE(nn.Module):
 
     W_enc [d_in, d_sae] (kept transposed in memory: its sparse gradient comes by rows of latents), b_enc [d_sae],
     W_dec [d_sae, d_in] with rows of unit norm, b_dec [d_in]. At the start W_enc = W_decᵀ, random directions, and biases are 0.
+    `x_scale` is the standard deviation of a coordinate of x, as `train` finds it in its first batch (0 before).
     `tokens_since_fired` [d_sae] counts training tokens since a latent was last active; at `dead_after` it counts as dead.
     """
 
     architecture = ""  # SAELens' name for the saved form
     unit_norm = True  # `train` keeps the rows of W_dec at norm 1
+    in_units_of_x = ("b_enc", "b_dec")  # parameters that scale with x: `train` multiplies their learning rate by `x_scale`
 
     def __init__(self, d_in: int, d_sae: int):
         super().__init__()
@@ -59,6 +61,7 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.long))
         self.register_buffer("initialised", torch.tensor(False))  # has `train` set b_dec
+        self.register_buffer("x_scale", torch.tensor(0.0))
 
     @property
     def arguments(self) -> dict:

@@ -49,8 +49,9 @@ def train(
     checkpoint: a file, written every `checkpoint_every` steps (rounded up to a row of the history) and at the end. If it
     holds a training of these very settings, that one goes on where it stopped.
 
-    The first time an SAE is trained b_dec becomes the mean of the first batch; a second `train` keeps it. `dead_after` becomes
-    min(10M, 10% of the run's tokens). On one machine equal seeds give equal bits on CPU, interrupted or not.
+    The first time an SAE is trained b_dec becomes the mean of the first batch, and its spread per coordinate the unit in which
+    biases learn, so that the scale of x plays no part; a second `train` keeps both. `dead_after` becomes min(10M, 10% of
+    the run's tokens). On one machine equal seeds give equal bits on CPU, interrupted or not.
     History: ~200 rows a SAE: step, tokens, lr, the objective's scalars (each averaged since the row before), dead (the share
     of dead latents), and with several SAEs `sae`, the name.
 
@@ -66,16 +67,13 @@ def train(
         raise ValueError(f"decay={decay!r}: a share of the steps, between 0 and 1")
     warmup = min(1000, n_steps // 20) if warmup is None else warmup
     rates = {name: lr or 2e-4 / math.sqrt(sae.d_sae / 2**14) for name, (sae, _) in jobs.items()}
-    optimizers = {
-        name: torch.optim.Adam(sae.parameters(), lr=rates[name], betas=betas, fused=True)
-        for name, (sae, _) in jobs.items()
-    }
+    optimizers = {name: torch.optim.Adam(groups(sae), betas=betas, fused=True) for name, (sae, _) in jobs.items()}
     described = {n: [type(s).__name__, s.arguments, describe(o)] for n, (s, o) in jobs.items()}
     signature = digest([described, n_steps, lr, seed, warmup, decay, clip, betas, bf16])
     device = next(iter(jobs.values()))[0].W_dec.device
     log_every = max(1, n_steps // 200)
     save_every = log_every * math.ceil(checkpoint_every / log_every)
-    step, history, scalars = 0, [], []
+    step, history, scalars, scales = 0, [], [], {}
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -85,15 +83,18 @@ def train(
         for batch in stream(batches, step, n_steps):
             batch = as_batch(batch) | {"progress": step / n_steps}
             x = batch["x"] = batch["x"].to(device)
-            for sae, _ in jobs.values() if step == 0 else ():
-                initialise(sae, x, n_steps)
+            if not scales:
+                for name, (sae, _) in jobs.items():
+                    if step == 0:
+                        initialise(sae, x, n_steps)
+                    scales[name] = sae.x_scale.item()
             factor = min(1, (step + 1) / max(warmup, 1), (n_steps - step) / max(decay * n_steps, 1))
             scalars.append({"x": {"sum": x.sum()}})
             for name, (sae, loss) in jobs.items():
                 sae.train()
                 with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
                     terms = loss(sae, batch)
-                update(sae, terms["loss"], optimizers[name], rates[name] * factor, clip)
+                update(sae, terms["loss"], optimizers[name], rates[name] * factor, scales[name], clip)
                 scalars[-1][name] = {key: value.detach() for key, value in terms.items()}
             step += 1
             steps.update()
@@ -143,20 +144,30 @@ def initialise(sae, x: Tensor, n_steps: int) -> None:
     """Before the first step: b_dec = mean of x if this SAE was never trained, `dead_after` from the run's length."""
     rows = sae.rows(x)
     sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
+    if sae.x_scale == 0:
+        scale = (rows - rows.mean(0)).square().mean().sqrt()
+        sae.x_scale.copy_(torch.where(scale > 0, scale, 1))  # one token, or x constant: any scale will do
     if not sae.initialised:
         sae.b_dec.copy_(rows.mean(0))
         sae.initialised.fill_(True)
 
 
-def update(sae, loss: Tensor, optimizer, lr: float, clip: float) -> None:
-    """One optimiser step."""
+def groups(sae) -> list[dict]:
+    """Parameter groups of the optimiser: those without a unit, and those that scale with x."""
+    named = dict(sae.named_parameters())
+    scaled = [named.pop(key) for key in sae.in_units_of_x]
+    return [{"params": list(named.values())}, {"params": scaled}]
+
+
+def update(sae, loss: Tensor, optimizer, lr: float, x_scale: float, clip: float) -> None:
+    """One optimiser step. Adam's step does not grow with the gradient, so what scales with x needs a rate that does."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if sae.unit_norm:
         sae.project_decoder_gradient()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    weights, scaled = optimizer.param_groups
+    weights["lr"], scaled["lr"] = lr, lr * x_scale
     optimizer.step()
     if sae.unit_norm:
         sae.normalise_decoder()

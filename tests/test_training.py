@@ -206,3 +206,22 @@ def test_undertrained():
     falling = pd.DataFrame({"fvu": [1 / (i + 1) for i in range(100)]})
     flat = pd.DataFrame({"fvu": [0.3] * 100})
     assert undertrained(falling) and not undertrained(flat)
+
+
+def test_the_scale_of_x_plays_no_part():
+    """Trained on x and on 256 x the same SAE comes out, biases in the units of x."""
+
+    class Scaled(Stream):
+        def from_step(self, step):
+            return (256 * (batch["x"] + 3) for batch in super().from_step(step))
+
+    class Shifted(Stream):
+        def from_step(self, step):
+            return (batch["x"] + 3 for batch in super().from_step(step))
+
+    small, large = new_sae(), new_sae()
+    a, b = run(small, Shifted()), run(large, Scaled())
+    assert b["fvu"].to_numpy() == pytest.approx(a["fvu"].to_numpy(), rel=1e-3)
+    torch.testing.assert_close(large.b_dec / 256, small.b_dec, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(large.b_enc / 256, small.b_enc, rtol=1e-3, atol=1e-3)
+    assert small.b_enc.abs().max() > 1e-3, "the biases should have moved"
