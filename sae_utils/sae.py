@@ -46,7 +46,7 @@ class SAE(nn.Module):
 
     architecture = ""  # SAELens' name for the saved form
     unit_norm = True  # `train` keeps the rows of W_dec at norm 1
-    in_units_of_x = ("b_enc", "b_dec")  # parameters that scale with x: `train` multiplies their learning rate by `x_scale`
+    in_units_of_x = ("b_enc", "b_dec")  # `train` multiplies the learning rate of these by `x_scale`
 
     def __init__(self, d_in: int, d_sae: int):
         super().__init__()
