@@ -6,7 +6,7 @@ Names are imported when first used, so that `sae_utils.sweep` starts without tor
 import importlib
 
 _HOME = {
-    "sae": ["SAE", "SAEOutput", "TopKSAE"],
+    "sae": ["SAE", "SAEOutput", "TopKSAE", "ReluSAE", "GatedSAE", "JumpReluSAE", "to_jumprelu"],
     "lm": ["load_language_model", "resolve_device"],
     "data": ["tokens"],
     "activations": ["ActivationStore"],

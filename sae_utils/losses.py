@@ -40,15 +40,74 @@ def auxk_loss(sae, x: Tensor, x_hat: Tensor, k_aux: int | None = None) -> Tensor
     return batch_fvu(error, z @ sae.W_dec[dead])
 
 
+def spread(x: Tensor) -> Tensor:
+    """Mean over the batch of ‖x − mean(x)‖², x [batch, d_in]: the unit of squared errors; its root that of latents."""
+    return (x - x.mean(0)).square().sum(1).mean().clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def l0_of(out, n_tokens: int) -> Tensor:
+    """Active latents per token."""
+    return ((out.values if out.dense is None else out.dense) > 0).sum() / n_tokens
+
+
+def warmed(coefficient: float, warmup: float, batch: dict) -> float:
+    """A coefficient that rises linearly from 0 over the first `warmup` share of the run (ours; 0 turns it off)."""
+    return coefficient * min(1.0, batch.get("progress", 1.0) / warmup) if warmup else coefficient
+
+
 def reconstruction_loss(sae, batch, alpha: float = 1 / 32, k_aux: int | None = None) -> dict[str, Tensor]:
     """Batch FVU + α · AuxK: the loss of TopK SAEs. alpha = 0 leaves AuxK out."""
     batch = as_batch(batch)
     x = batch["x"]
     out = sae(x, batch.get("grad"))
     fvu = batch_fvu(x, out.x_hat)
-    l0 = ((out.values if out.dense is None else out.dense) > 0).sum() / (x.numel() // sae.d_in)
-    terms = {"loss": fvu, "fvu": fvu, "l0": l0}
+    terms = {"loss": fvu, "fvu": fvu, "l0": l0_of(out, x.numel() // sae.d_in)}
     if alpha:
         terms["auxk"] = auxk_loss(sae, x, out.x_hat, k_aux)
         terms["loss"] = fvu + alpha * terms["auxk"]
     return terms
+
+
+def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05) -> dict[str, Tensor]:
+    """Batch FVU + λ · mean over tokens of Σ_i f_i / σ, σ² = mean ‖x − x̄‖²: the loss of ReLU SAEs.
+
+    In these units (ours) λ has no dimension: a lone latent of size f comes out as f − λσ/2, which is the shrinkage.
+    λ rises over the first `warmup` share of the run.
+    """
+    batch = as_batch(batch)
+    x = sae.rows(batch["x"])
+    out = sae(x)
+    fvu = batch_fvu(x, out.x_hat)
+    l1 = out.latents.sum(1).mean() / spread(x).sqrt()
+    loss = fvu + warmed(coefficient, warmup, batch) * l1
+    return {"loss": loss, "fvu": fvu, "l1": l1, "l0": l0_of(out, len(x))}
+
+
+def gated_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, frozen: bool = True) -> dict[str, Tensor]:
+    """FVU(x̂) + λ · mean Σ_i relu(π_i) / σ + FVU(x̂_gate): the three terms of arXiv 2404.16014, eq. 8, over mean ‖x − x̄‖².
+
+    x̂_gate = relu(π) sg(W_dec) + sg(b_dec): the gate alone has to reconstruct, through a decoder that it cannot move. Its
+    coefficient is 1. The b_dec by which the encoder centres x is not stopped. `frozen=False` is the ablation that stops nothing.
+    """
+    batch = as_batch(batch)
+    x = sae.rows(batch["x"])
+    out = sae(x)
+    gate = out.extra["pi_gate"].relu()
+    W_dec, b_dec = (sae.W_dec.detach(), sae.b_dec.detach()) if frozen else (sae.W_dec, sae.b_dec)
+    fvu, aux = batch_fvu(x, out.x_hat), batch_fvu(x, gate @ W_dec + b_dec)
+    l1 = gate.sum(1).mean() / spread(x).sqrt()
+    loss = fvu + warmed(coefficient, warmup, batch) * l1 + aux
+    return {"loss": loss, "fvu": fvu, "l1": l1, "aux": aux, "l0": l0_of(out, len(x))}
+
+
+def jumprelu_loss(
+    sae, batch, coefficient: float = 0.01, target_l0: float | None = None, warmup: float = 0.05
+) -> dict[str, Tensor]:
+    """FVU + λ · L0, or with a target FVU + λ (L0 / target − 1)² (arXiv 2407.14435; L0 per token, its gradient the smeared step's)."""
+    batch = as_batch(batch)
+    x = sae.rows(batch["x"])
+    out = sae(x)
+    fvu = batch_fvu(x, out.x_hat)
+    l0 = out.extra["active"].sum(1).mean()
+    penalty = l0 if target_l0 is None else (l0 / target_l0 - 1).square()
+    return {"loss": fvu + warmed(coefficient, warmup, batch) * penalty, "fvu": fvu, "l0": l0}

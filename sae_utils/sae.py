@@ -45,7 +45,6 @@ class SAE(nn.Module):
     """
 
     architecture = ""  # SAELens' name for the saved form
-    unit_norm = True  # `train` keeps the rows of W_dec at norm 1
     in_units_of_x = ("b_enc", "b_dec")  # `train` multiplies the learning rate of these by `x_scale`
 
     def __init__(self, d_in: int, d_sae: int):
@@ -106,8 +105,18 @@ class SAE(nn.Module):
         return f @ self.W_dec + self.b_dec
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Scale the rows of W_dec to norm 1."""
+    def initialise(self, rows: Tensor) -> None:
+        """Before the first step, from a batch [batch, d_in]: x_scale, and b_dec = mean of x; what is set is kept."""
+        if self.x_scale == 0:
+            scale = (rows - rows.mean(0)).square().mean().sqrt()
+            self.x_scale.copy_(torch.where(scale > 0, scale, 1))  # one token, or x constant: any scale will do
+        if not self.initialised:
+            self.b_dec.copy_(rows.mean(0))
+            self.initialised.fill_(True)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Put the parameters back where they belong: rows of W_dec at norm 1."""
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(self.W_dec.dtype).tiny)
 
     @torch.no_grad()
@@ -145,3 +154,145 @@ class TopKSAE(SAE):
         if self.training:
             self.count(indices[values > 0], len(rows))
         return SAEOutput(x_hat.view(x.shape), values, indices, d_sae=self.d_sae)
+
+
+class ReluSAE(SAE):
+    """Keep every positive latent; sparsity comes from the L1 penalty of `l1_loss` (the baseline of arXiv 2404.16014).
+
+    f = relu((x − b_dec) W_enc + b_enc),    x̂ = f W_dec + b_dec
+    """
+
+    architecture = "standard"
+
+    def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
+        return self.dense_output(x, self.pre_activations(x).relu())
+
+    def dense_output(self, x: Tensor, f: Tensor, **extra: Tensor) -> SAEOutput:
+        """The output for dense latents f [batch, d_sae]; in training mode the counters move."""
+        if self.training:
+            self.count((f > 0).any(0).nonzero(), len(f))
+        return SAEOutput(self.decode(f).view(x.shape), dense=f, d_sae=self.d_sae, extra=extra)
+
+
+class GatedSAE(ReluSAE):
+    """Which latents are active and how active they are, decided apart (arXiv 2404.16014, eq. 5–7; train with `gated_loss`).
+
+        π = (x − b_dec) W_enc + b_gate,    f = 1[π > 0] ⊙ relu((x − b_dec) W_mag + b_mag),    W_mag = W_enc diag(exp(r_mag))
+
+    W_enc is the paper's W_gate. Ablations: `tied=False` gives W_mag [d_in, d_sae] as a parameter of its own instead of r_mag;
+    `rescale=False` keeps r_mag at 0.
+    """
+
+    in_units_of_x = ("b_gate", "b_mag", "b_dec")
+
+    def __init__(self, d_in: int, d_sae: int, tied: bool = True, rescale: bool = True):
+        super().__init__(d_in, d_sae)
+        del self.b_enc
+        self.tied, self.rescale = tied, rescale
+        self.b_gate = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+        if tied:
+            self.r_mag = nn.Parameter(torch.zeros(d_sae), requires_grad=rescale)
+        else:
+            self.W_mag = nn.Parameter(self.W_enc.detach().T.clone().T)
+
+    @property
+    def architecture(self) -> str:
+        return "gated" if self.tied else "sae_utils_gated_untied"
+
+    @property
+    def arguments(self) -> dict:
+        return super().arguments | {"tied": self.tied, "rescale": self.rescale}
+
+    def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
+        rows, zero = self.rows(x), self.b_gate.new_zeros(())
+        projected = pre_activations(rows, self.W_enc, zero, self.b_dec)
+        if self.tied:
+            magnitude = projected * self.r_mag.exp() + self.b_mag
+        else:
+            magnitude = pre_activations(rows, self.W_mag, self.b_mag, self.b_dec)
+        pi_gate = projected + self.b_gate
+        return self.dense_output(x, magnitude.relu() * (pi_gate > 0), pi_gate=pi_gate)
+
+
+class JumpReluSAE(ReluSAE):
+    """Keep a latent where it exceeds a threshold of its own: f = z ⊙ 1[z > θ], z = (x − b_dec) W_enc + b_enc, θ ≥ 0.
+
+    The inference form of gated (`to_jumprelu`) and threshold SAEs, and an architecture of its own (arXiv 2407.14435, train with
+    `jumprelu_loss`): the step has no gradient, so θ gets that of a step smeared over `bandwidth`. Bandwidth, and the θ at the
+    start of training, are in units of σ = √d_in · x_scale, about the root mean square of ‖x − x̄‖ (0.03 and equal: ours).
+    """
+
+    architecture = "jumprelu"
+    in_units_of_x = ("b_enc", "b_dec", "threshold")
+
+    def __init__(self, d_in: int, d_sae: int, bandwidth: float = 0.03):
+        super().__init__(d_in, d_sae)
+        self.bandwidth = bandwidth
+        self.threshold = nn.Parameter(torch.zeros(d_sae))
+
+    @property
+    def arguments(self) -> dict:
+        return super().arguments | {"bandwidth": self.bandwidth}
+
+    def width(self) -> Tensor:
+        """The bandwidth in units of x."""
+        return self.bandwidth * self.d_in**0.5 * self.x_scale
+
+    def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
+        z = self.pre_activations(x)
+        active = step(z, self.threshold, self.width())
+        # z · step would send θ the gradient −z/ε near θ; the paper's is −θ/ε, of the same smeared step
+        f = z * active.detach() + self.threshold * (active - active.detach())
+        return self.dense_output(x, f, active=active)
+
+    @torch.no_grad()
+    def initialise(self, rows: Tensor) -> None:
+        first = not self.initialised
+        super().initialise(rows)
+        if first:
+            self.threshold.fill_(self.width())
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        super().after_step()
+        self.threshold.clamp_(min=0)
+
+
+class Step(torch.autograd.Function):
+    """1[z > θ]; backward to θ as if the step were a ramp of width ε centred at θ: −1[|z − θ| < ε/2]/ε; none to z."""
+
+    @staticmethod
+    def forward(ctx, z, threshold, width):
+        ctx.save_for_backward(z, threshold, width)
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, threshold, width = ctx.saved_tensors
+        near = (z - threshold).abs() < width / 2
+        return None, -(grad * near).sum(0) / width, None
+
+
+step = Step.apply
+
+
+@torch.no_grad()
+def to_jumprelu(sae: GatedSAE) -> JumpReluSAE:
+    """The JumpReLU SAE with the same latents and reconstructions as a tied gated one.
+
+    1[π > 0] relu(m) with m = exp(r_mag) (π − b_gate) + b_mag is m where m > θ = max(b_mag − exp(r_mag) b_gate, 0), else 0
+    (the max is ours: without it a negative m would pass where the gate is open).
+    """
+    if not (isinstance(sae, GatedSAE) and sae.tied):
+        raise ValueError(f"{sae!r}: only a tied GatedSAE has a JumpReLU form")
+    made = JumpReluSAE(sae.d_in, sae.d_sae).to(sae.W_dec)
+    scale = sae.r_mag.exp()
+    made.W_enc.copy_(sae.W_enc * scale)
+    made.b_enc.copy_(sae.b_mag)
+    made.W_dec.copy_(sae.W_dec)
+    made.b_dec.copy_(sae.b_dec)
+    made.threshold.copy_((sae.b_mag - scale * sae.b_gate).clamp_min(0))
+    for name in ("tokens_since_fired", "initialised", "x_scale"):
+        getattr(made, name).copy_(getattr(sae, name))
+    return made.train(sae.training)

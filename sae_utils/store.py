@@ -15,8 +15,19 @@ from safetensors.torch import load_file, save_file
 from . import sae as architectures
 from .files import read_json, replacing
 
-WEIGHTS = {"topk": ("W_enc", "b_enc", "W_dec", "b_dec")}  # by SAELens architecture
-FOREIGN = {"topk": lambda cfg: architectures.TopKSAE(cfg["d_in"], cfg["d_sae"], cfg.get("k", 100))}
+WEIGHTS = {  # by SAELens architecture; one that it does not know gets a name that it refuses
+    "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+    "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
+    "sae_utils_gated_untied": ("W_enc", "W_mag", "W_dec", "b_dec", "b_gate", "b_mag"),
+}
+FOREIGN = {
+    "topk": lambda cfg: architectures.TopKSAE(cfg["d_in"], cfg["d_sae"], cfg.get("k", 100)),
+    "standard": lambda cfg: architectures.ReluSAE(cfg["d_in"], cfg["d_sae"]),
+    "jumprelu": lambda cfg: architectures.JumpReluSAE(cfg["d_in"], cfg["d_sae"]),
+    "gated": lambda cfg: architectures.GatedSAE(cfg["d_in"], cfg["d_sae"]),
+}
 SAELENS_VERSION = "6.54.0"  # the format written
 
 
@@ -96,14 +107,10 @@ def foreign(cfg: dict):
 def fold(cfg: dict, state: dict) -> dict:
     """SAELens' weights, as exact weights of an SAE that centres its input by b_dec and takes its latents as they are."""
     if not cfg.get("apply_b_dec_to_input", True):  # relu(x W + b) = relu((x − b_dec) W + (b + b_dec W))
-        state["b_enc"] = state["b_enc"] + state["b_dec"] @ state["W_enc"]
-    if cfg.get(
-        "rescale_acts_by_decoder_norm", False
-    ):  # latents are chosen by their size times their decoder row's norm
+        shift = state["b_dec"] @ state["W_enc"]
+        scales = {"b_enc": 1, "b_gate": 1, "b_mag": state["r_mag"].exp() if "r_mag" in state else 1}
+        state |= {key: state[key] + scale * shift for key, scale in scales.items() if key in state}
+    if cfg.get("rescale_acts_by_decoder_norm", False):  # latents are chosen by size × norm of their decoder row
         norm = state["W_dec"].norm(dim=1)
-        state |= {
-            "W_enc": state["W_enc"] * norm,
-            "b_enc": state["b_enc"] * norm,
-            "W_dec": state["W_dec"] / norm[:, None],
-        }
+        state |= {key: state[key] * norm for key in ("W_enc", "b_enc")} | {"W_dec": state["W_dec"] / norm[:, None]}
     return state

@@ -86,7 +86,8 @@ def train(
             if not scales:
                 for name, (sae, _) in jobs.items():
                     if step == 0:
-                        initialise(sae, x, n_steps)
+                        sae.initialise(rows := sae.rows(x))
+                        sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
                     scales[name] = sae.x_scale.item()
             factor = min(1, (step + 1) / max(warmup, 1), (n_steps - step) / max(decay * n_steps, 1))
             scalars.append({"x": {"sum": x.sum()}})
@@ -139,19 +140,6 @@ def stream(batches, start: int, n_steps: int):
     return itertools.islice(itertools.chain([first], iterator), start, n_steps)
 
 
-@torch.no_grad()
-def initialise(sae, x: Tensor, n_steps: int) -> None:
-    """Before the first step: b_dec = mean of x if this SAE was never trained, `dead_after` from the run's length."""
-    rows = sae.rows(x)
-    sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
-    if sae.x_scale == 0:
-        scale = (rows - rows.mean(0)).square().mean().sqrt()
-        sae.x_scale.copy_(torch.where(scale > 0, scale, 1))  # one token, or x constant: any scale will do
-    if not sae.initialised:
-        sae.b_dec.copy_(rows.mean(0))
-        sae.initialised.fill_(True)
-
-
 def groups(sae) -> list[dict]:
     """Parameter groups of the optimiser: those without a unit, and those that scale with x."""
     named = dict(sae.named_parameters())
@@ -163,14 +151,12 @@ def update(sae, loss: Tensor, optimizer, lr: float, x_scale: float, clip: float)
     """One optimiser step. Adam's step does not grow with the gradient, so what scales with x needs a rate that does."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    if sae.unit_norm:
-        sae.project_decoder_gradient()
+    sae.project_decoder_gradient()
     torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
     weights, scaled = optimizer.param_groups
     weights["lr"], scaled["lr"] = lr, lr * x_scale
     optimizer.step()
-    if sae.unit_norm:
-        sae.normalise_decoder()
+    sae.after_step()
 
 
 def check_finite(scalars: list[dict], step: int, checkpoint) -> None:
@@ -240,7 +226,7 @@ def load_checkpoint(path, jobs, optimizers, signature: str) -> tuple[int, list[d
 
 
 def undertrained(history: pd.DataFrame) -> bool:
-    """Whether FVU still fell by more than 1% over the last tenth of the run (mean of the last 5% against the 5% before it)."""
+    """Whether FVU still fell by more than 1% over the last tenth of the run (means of 5% of the run, a tenth apart)."""
     fvu = history["fvu"].to_numpy()
     n = max(1, len(fvu) // 20)
-    return len(fvu) > 2 * n and fvu[-n:].mean() < 0.99 * fvu[-2 * n : -n].mean()
+    return len(fvu) > 3 * n and bool(fvu[-n:].mean() < 0.99 * fvu[-3 * n : -2 * n].mean())
