@@ -90,7 +90,7 @@ def train(
                         sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
                     scales[name] = sae.x_scale.item()
             factor = min(1, (step + 1) / max(warmup, 1), (n_steps - step) / max(decay * n_steps, 1))
-            scalars.append({"x": {"sum": x.sum()}})
+            scalars.append({"x": {"sum": x.sum(dtype=torch.float32)}})
             for name, (sae, loss) in jobs.items():
                 sae.train()
                 with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():

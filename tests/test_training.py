@@ -225,3 +225,12 @@ def test_the_scale_of_x_plays_no_part():
     torch.testing.assert_close(large.b_dec / 256, small.b_dec, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(large.b_enc / 256, small.b_enc, rtol=1e-3, atol=1e-3)
     assert small.b_enc.abs().max() > 1e-3, "the biases should have moved"
+
+
+def test_half_precision_activations_are_taken_and_do_not_overflow():
+    class Half(Stream):
+        def from_step(self, step):
+            return ((1000 * batch["x"] + 3000).half() for batch in super().from_step(step))  # sums pass 65,504
+
+    history = run(new_sae(), Half())
+    assert history["fvu"].iloc[-1] < 0.8 * history["fvu"].iloc[0]
