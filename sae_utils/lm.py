@@ -128,7 +128,7 @@ def run_spliced(lm, tokens: Tensor, hook_name: str, replace) -> Tensor:
     """Logits [batch, n_ctx, d_vocab] with the activation at the hook replaced.
 
     replace: a tensor [batch, n_ctx, d_in], or a function from the clean activation of that shape to its replacement.
-    Gradients flow through the replacement if it needs them.
+    Gradients flow through the replacement if it needs them. With a tensor at a residual hook only the layers after it run.
     """
     check_hook(lm, hook_name)
     check_tokens(lm, tokens)
@@ -137,7 +137,43 @@ def run_spliced(lm, tokens: Tensor, hook_name: str, replace) -> Tensor:
         new = replace(activation.flatten(2)) if callable(replace) else replace
         return new.to(activation.dtype).reshape(activation.shape).contiguous()  # some layers view it
 
-    return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, splice)])
+    residual = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
+    n_idle = int(residual[1]) + (residual[2] == "post") if residual and not callable(replace) else 0
+    with idle(lm, n_idle):
+        return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, splice)])
+
+
+@contextlib.contextmanager
+def idle(lm, n_blocks: int):
+    """Make the first blocks hand on the residual stream as they get it; their hooks still see it.
+
+    TransformerLens' `start_at_layer` computes the early blocks and throws the result away; this does not.
+    """
+    layers = [block.original_component for block in lm.blocks[:n_blocks]]
+    as_tuple = bool(layers) and returns_tuple(lm)
+    for layer in layers:
+        layer.forward = lambda hidden_states, *args, **kwargs: (hidden_states,) if as_tuple else hidden_states
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own comes back
+
+
+def returns_tuple(lm) -> bool:
+    """Whether the Hugging Face layers return the residual stream in a tuple: one token is run to see, once per model."""
+    if not hasattr(lm, "layers_return_tuple"):
+        seen = []
+        hook = lm.blocks[0].original_component.register_forward_hook(
+            lambda m, args, out: seen.append(type(out) is tuple)
+        )
+        try:
+            with torch.no_grad():
+                lm(torch.zeros(1, 1, dtype=torch.long, device=lm.cfg.device))
+        finally:
+            hook.remove()
+        lm.layers_return_tuple = seen[0]
+    return lm.layers_return_tuple
 
 
 def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

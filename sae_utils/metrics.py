@@ -98,17 +98,14 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
 
     def loss_with(tokens, replacement):
         """Summed loss of predictions at positions ≥ 1 with x replaced there, and the logits."""
-
-        def splice(x):
-            return torch.cat([x[:, :1], replacement.to(x.dtype).expand(len(x), x.shape[1] - 1, -1)], 1)
-
-        logits = run_spliced(lm, tokens, hook_name, splice)
+        spliced = torch.cat([clean[:, :1], replacement.to(clean.dtype).expand(len(clean), clean.shape[1] - 1, -1)], 1)
+        logits = run_spliced(lm, tokens, hook_name, spliced)
         return token_loss(logits, tokens)[:, 1:].double().sum(), logits
 
     for tokens in chunks:
-        clean: dict[str, Tensor] = {}
-        logits = run_spliced(lm, tokens, hook_name, lambda x: clean.setdefault("x", x))
-        x = clean["x"][:, 1:].float()
+        clean = run_prefix(lm, tokens, [hook_name])[hook_name]
+        logits = run_spliced(lm, tokens, hook_name, clean)
+        x = clean[:, 1:].float()
         n_predictions += tokens[:, 2:].numel()
         nats["clean"] += token_loss(logits, tokens)[:, 1:].double().sum()
         nats["zero"] += loss_with(tokens, torch.zeros_like(x))[0]

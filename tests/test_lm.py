@@ -188,6 +188,29 @@ def test_gradient_flows_through_the_replacement(family, text, name, model_direct
     assert all(parameter.grad is None for parameter in lm.parameters())
 
 
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_tensor_gives_what_a_function_gives_and_runs_only_the_layers_after_a_residual_hook(lm, text, name):
+    clean = run_prefix(lm, text, [name])[name]
+    noise = clean + torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    ran = []
+    hooks = [b.mlp.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(lm.blocks)]
+    suffix = run_spliced(lm, text, name, noise)
+    layers_run, layer = sorted(set(ran)), int(name.split(".")[1])
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(suffix, run_spliced(lm, text, name, lambda x: noise))
+    first = layer + 1 if name.endswith("resid_post") else layer if name.endswith("resid_pre") else 0
+    assert layers_run == list(range(first, 3))
+    torch.testing.assert_close(run_spliced(lm, text, name, clean), lm(text))
+
+
+def test_layers_work_again_after_an_error_in_the_suffix(tiny_gpt2, text):
+    before = tiny_gpt2(text)
+    with pytest.raises(RuntimeError):
+        run_spliced(tiny_gpt2, text, "blocks.2.hook_resid_pre", torch.zeros(1))
+    assert torch.equal(tiny_gpt2(text), before)
+
+
 def test_a_heads_hook_is_flattened_head_by_head(lm, text):
     """Ablating the first d_head of the 16 flattened entries is ablating head 0."""
     name = "blocks.1.attn.hook_z"
