@@ -8,7 +8,7 @@ import importlib
 _HOME = {
     "sae": ["SAE", "SAEOutput", "TopKSAE", "ReluSAE", "GatedSAE", "JumpReluSAE", "to_jumprelu"],
     "lm": ["load_language_model", "resolve_device"],
-    "data": ["tokens"],
+    "data": ["tokens", "held_out"],
     "activations": ["ActivationStore"],
     "training": ["train"],
     "metrics": ["evaluate"],

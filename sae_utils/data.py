@@ -89,6 +89,18 @@ def tokens(dataset, tokenizer, n_ctx, n_tokens=0, split="train", bos=False, text
     return rows
 
 
+def held_out(dataset, tokenizer, n_ctx: int, n_tokens: int, split: str = "test", spread: int = 16, **options):
+    """Rows for evaluation, about n_tokens: evenly spaced over `spread` times as much text, so that they come from many documents.
+
+    Everything else as in `tokens`; where the split is smaller than that, the rows are spread over all of it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fewer than n_tokens")
+        rows = tokens(dataset, tokenizer, n_ctx, spread * n_tokens, split, **options)
+    n_rows = max(1, n_tokens // n_ctx)
+    return rows[:: max(1, len(rows) // n_rows)][:n_rows]
+
+
 def open_array(path, mode="r") -> np.memmap:
     """Open a .npy file as a memory map ("r" read-only, "c" copy-on-write); a truncated or foreign one is refused by path."""
     try:

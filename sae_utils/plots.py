@@ -24,7 +24,7 @@ COLOURS = {  # colour-blind safe, the same everywhere
 def use_style() -> None:
     """The house style; a notebook calls it once."""
     sns.set_theme(
-        style="whitegrid", context="notebook", rc={"figure.figsize": (6.4, 3.8), "figure.dpi": 80, "axes.titlesize": 12}
+        style="whitegrid", context="notebook", rc={"figure.figsize": (6.4, 3.8), "figure.dpi": 72, "axes.titlesize": 12}
     )
 
 

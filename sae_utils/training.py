@@ -79,7 +79,7 @@ def train(
         torch.manual_seed(seed)
         if checkpoint and Path(checkpoint).exists():
             step, history = load_checkpoint(checkpoint, jobs, optimizers, signature)
-        steps = tqdm(total=n_steps, initial=step, desc="train", mininterval=2, disable=not progress)
+        steps = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not progress)
         for batch in stream(batches, step, n_steps):
             batch = as_batch(batch) | {"progress": step / n_steps}
             x = batch["x"] = batch["x"].to(device)

@@ -13,7 +13,7 @@ import pytest
 from helpers import exit_code, kill_me, killed, start_child, word_tokenizer
 from tokenizers.normalizers import Replace
 
-from sae_utils import data, files, tokens
+from sae_utils import data, files, held_out, tokens
 from sae_utils.data import BUILTIN, MANIFEST, builtin_documents, corpus_hash, distinct, documents, left_out, split_of
 
 LETTERS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
@@ -74,6 +74,17 @@ def test_bos_starts_every_row_and_takes_a_place(tmp_path):
     assert tokens(str(path), tokenizer, 4, bos=True).tolist() == [[27, 1, 2, 3], [27, 4, 5, 6], [27, 7, 8, 9]]
     assert tokens(str(path), tokenizer, 4, n_tokens=8, bos=True).tolist() == [[27, 1, 2, 3], [27, 4, 5, 6]]
     assert tokens(str(path), tokenizer, 4).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]  # not the same cache
+
+
+def test_held_out_rows_are_spread_over_more_text(words, tmp_path):
+    (tmp_path / "a.txt").write_text("a b c d " * 100)
+    everything = tokens(str(tmp_path), words, 4, split="test")
+    rows = held_out(str(tmp_path), words, 4, 8, spread=3)
+    assert rows.tolist() == everything[[0, 2]].tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # asking for 16 times as much is not the reader's mistake
+        assert len(held_out(str(tmp_path), words, 4, 8)) == 2
+        assert len(held_out(str(tmp_path), words, 4, 4_000)) == len(everything)
 
 
 def test_n_tokens_takes_whole_rows_and_warns_of_fewer(words, tmp_path):
