@@ -1,10 +1,11 @@
-# make run · test · lab: each sets up .venv with the exact versions of requirements.txt if need be.
+# make run · test · lab: each sets up .venv with the exact versions of requirements.txt if need be. `make interop` has an
+# environment of its own, for SAELens.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SWEEP ?= sweeps/laptop.toml
 
-.PHONY: run test lab bench lint
+.PHONY: run test lab bench lint interop
 
 run: $(VENV)/ready
 	$(BIN)/python -m sae_utils.sweep $(SWEEP)
@@ -18,6 +19,9 @@ lab: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/store.py
 
+interop: .venv-interop/ready
+	PYTHONPATH=. .venv-interop/bin/python -m pytest tests/interop
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -29,4 +33,10 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+.venv-interop/ready: tests/interop/requirements.txt
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' $<)
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@

@@ -52,6 +52,8 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
+    if str((metadata or {}).get("hook_name", "")).endswith("hook_z"):  # [..., head, d_head] there, flat here
+        cfg["reshape_activations"] = "hook_z"
     if sae.architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     ours = {"class": type(sae).__name__, "arguments": sae.arguments}
@@ -65,9 +67,10 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
 
 
 def load_sae(path, device: str = "cpu"):
-    """The SAE saved in directory `path`, in eval mode; a directory written by SAELens itself is read as the nearest class here.
+    """The SAE saved in directory `path`, in eval mode; what SAELens itself wrote is read as the class here with equal outputs.
 
-    Raises FileNotFoundError if there is no SAE, ValueError (with the path) if a file is truncated, foreign or does not fit.
+    Raises FileNotFoundError if there is no SAE, ValueError (with the path) if a file is truncated, foreign or does not fit, or
+    if the SAE has an option that no class here can express.
     """
     path = Path(path)
     if not (path / "cfg.json").exists() or not (path / "sae_weights.safetensors").exists():
@@ -75,13 +78,14 @@ def load_sae(path, device: str = "cpu"):
     cfg = read_json(path / "cfg.json")
     try:
         state = load_file(path / "sae_weights.safetensors")
-        ours = cfg.get("metadata", {}).get("sae_utils")
+        metadata = cfg.get("metadata", {})
+        ours = None if "sae_lens_training_version" in metadata else metadata.get("sae_utils")  # SAELens adds that key
         sae = getattr(architectures, ours["class"])(**ours["arguments"]) if ours else foreign(cfg)
-        if (extra := path / "sae_utils_state.safetensors").exists():
+        if ours:
+            if not (extra := path / "sae_utils_state.safetensors").exists():
+                raise ValueError(f"{extra.name} is missing")
             state |= load_file(extra)
-        elif ours:
-            raise ValueError("sae_utils_state.safetensors is missing")
-        if not ours:
+        else:
             if set(state) != set(names := WEIGHTS[cfg["architecture"]]):
                 raise ValueError(f"it holds the tensors {', '.join(sorted(state))}, not {', '.join(names)}")
             state = dict(sae.state_dict(), **fold(cfg, state), initialised=torch.tensor(True))
@@ -94,13 +98,22 @@ def load_sae(path, device: str = "cpu"):
 
 
 def foreign(cfg: dict):
-    """An SAE of ours for a configuration that SAELens wrote."""
+    """An SAE of ours for a configuration that SAELens wrote; ValueError if there is none with its outputs."""
     if cfg["architecture"] not in FOREIGN:
         raise ValueError(f"architecture={cfg['architecture']!r}: {', '.join(FOREIGN)} can be loaded")
-    if cfg.get("normalize_activations", "none") != "none":
-        raise ValueError(
-            f"normalize_activations={cfg['normalize_activations']!r}: fold the scaling into the weights first"
+    if (scaling := cfg.get("normalize_activations", "none")) != "none":
+        fixed = scaling in ("expected_average_only_in", "covariance_whitening")
+        way = (
+            "fold it into the weights in SAELens, then save"
+            if fixed
+            else "x is rescaled token by token, as no SAE here does"
         )
+        raise ValueError(f"normalize_activations={scaling!r}: {way}; only 'none' can be loaded")
+    for key in ("activation_fn", "activation_fn_str"):  # of SAELens before 6
+        if cfg.get(key, "relu") != "relu":
+            raise ValueError(
+                f"{key}={cfg[key]!r}, an option of SAELens before 6: open it with SAELens 6 and save it anew"
+            )
     return FOREIGN[cfg["architecture"]](cfg)
 
 
@@ -110,7 +123,9 @@ def fold(cfg: dict, state: dict) -> dict:
         shift = state["b_dec"] @ state["W_enc"]
         scales = {"b_enc": 1, "b_gate": 1, "b_mag": state["r_mag"].exp() if "r_mag" in state else 1}
         state |= {key: state[key] + scale * shift for key, scale in scales.items() if key in state}
-    if cfg.get("rescale_acts_by_decoder_norm", False):  # latents are chosen by size × norm of their decoder row
-        norm = state["W_dec"].norm(dim=1)
+    if cfg["architecture"] == "topk" and cfg.get("rescale_acts_by_decoder_norm", False):
+        norm = state["W_dec"].norm(dim=1)  # latents are chosen by size × norm of their decoder row
         state |= {key: state[key] * norm for key in ("W_enc", "b_enc")} | {"W_dec": state["W_dec"] / norm[:, None]}
+    if "threshold" in state:  # SAELens takes relu first, so a threshold below 0 does what 0 does
+        state["threshold"] = state["threshold"].clamp_min(0)
     return state

@@ -182,6 +182,34 @@ def test_k_left_out_is_100_as_in_saelens(foreign):
     assert load_sae(path).k == 100
 
 
+def test_a_gated_one_that_does_not_centre_by_hand(foreign):
+    """b_gate moves by b_dec W, b_mag by exp(r_mag) b_dec W: x = 3, b_dec = 2, W = 1, r_mag = ln 2."""
+    weights = {"W_enc": [[1.0]], "W_dec": [[1.0]], "b_dec": [2.0], "b_gate": [-1.0], "b_mag": [0.5]}
+    weights = {name: torch.tensor(value) for name, value in weights.items()} | {"r_mag": torch.tensor([2.0]).log()}
+    path, *_ = foreign("gated", drop=["b_enc"], d_in=1, d_sae=1, apply_b_dec_to_input=False, weights=weights)
+    sae = load_sae(path)
+    assert (sae.b_gate.item(), sae.b_mag.item()) == pytest.approx((1, 4.5))
+    assert sae.encode(torch.tensor([[3.0], [0.5]])).flatten().tolist() == pytest.approx([6.5, 0])
+
+
+def test_a_threshold_below_zero_does_what_zero_does(foreign):
+    weights = {"W_enc": torch.eye(2), "W_dec": torch.eye(2), "b_enc": torch.zeros(2), "b_dec": torch.zeros(2)}
+    path, *_ = foreign("jumprelu", d_in=2, d_sae=2, weights=weights | {"threshold": torch.tensor([-1.0, 0.5])})
+    assert load_sae(path).encode(torch.tensor([[-0.5, 0.4], [0.2, 0.6]])).tolist() == [[0, 0], [0.2, 0.6]]
+
+
+def test_saved_again_by_saelens_it_is_read_as_theirs(sae, tmp_path):
+    """SAELens keeps our metadata and adds a key of its own; the state it does not know is gone."""
+    path = save_sae(sae, tmp_path / "sae", {"hook_name": "blocks.0.attn.hook_z"})
+    cfg = json.loads((path / "cfg.json").read_text())
+    assert cfg["reshape_activations"] == "hook_z"
+    cfg["metadata"]["sae_lens_training_version"] = "6.54.0"
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    (path / "sae_utils_state.safetensors").unlink()
+    x = torch.randn(5, 6)
+    assert torch.equal(load_sae(path)(x).x_hat, sae.eval()(x).x_hat)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,6 +220,8 @@ def test_k_left_out_is_100_as_in_saelens(foreign):
     [
         ({"architecture": "batchtopk"}, "architecture='batchtopk'"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
+        ({"normalize_activations": "expected_average_only_in"}, "fold it into the weights in SAELens"),
+        ({"activation_fn_str": "topk"}, "activation_fn_str='topk', an option of SAELens before 6"),
         ({"drop": ["d_sae"]}, "'d_sae' is missing"),
         ({"drop": ["architecture"]}, "'architecture' is missing"),
         ({"drop": ["dtype"]}, "'dtype' is missing"),
