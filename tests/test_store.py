@@ -195,7 +195,7 @@ def test_a_gated_one_that_does_not_centre_by_hand(foreign):
 def test_a_threshold_below_zero_does_what_zero_does(foreign):
     weights = {"W_enc": torch.eye(2), "W_dec": torch.eye(2), "b_enc": torch.zeros(2), "b_dec": torch.zeros(2)}
     path, *_ = foreign("jumprelu", d_in=2, d_sae=2, weights=weights | {"threshold": torch.tensor([-1.0, 0.5])})
-    assert load_sae(path).encode(torch.tensor([[-0.5, 0.4], [0.2, 0.6]])).tolist() == [[0, 0], [0.2, 0.6]]
+    assert load_sae(path).encode(torch.tensor([[-0.5, 0.25], [0.25, 0.75]])).tolist() == [[0, 0], [0.25, 0.75]]
 
 
 def test_saved_again_by_saelens_it_is_read_as_theirs(sae, tmp_path):
