@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .sparse import densify, pre_activations, sparse_decode, topk_encode
+from .sparse import Active, densify, pre_activations, sparse_decode, topk_encode
 
 
 @dataclass
@@ -22,8 +22,8 @@ class SAEOutput:
     values: Tensor | None = None  # active latents: [batch, k], or flat where tokens differ in number; None if dense
     indices: Tensor | None = None  # their latent index, shaped like values
     offsets: Tensor | None = None  # [batch + 1], where flat values of each token begin
+    active: Active | None = None  # the same entries, as `sae_utils.sparse` reads them
     dense: Tensor | None = None  # [batch, d_sae] for an architecture without a sparse form
-    d_sae: int = 0
     extra: dict[str, Tensor] = field(default_factory=dict)  # what only the class's own loss needs
 
     @property
@@ -31,8 +31,8 @@ class SAEOutput:
         """Dense latents [..., d_sae], made when read; `...` are x's leading axes."""
         dense = self.dense
         if dense is None:
-            dense = densify(self.values, self.indices, self.d_sae)
-        return dense.view(*self.x_hat.shape[:-1], self.d_sae)
+            dense = densify(self.values.flatten(), self.active)
+        return dense.view(*self.x_hat.shape[:-1], -1)
 
 
 class SAE(nn.Module):
@@ -149,11 +149,12 @@ class TopKSAE(SAE):
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
         rows = self.rows(x)
-        values, indices = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k)
-        x_hat = sparse_decode(values, indices, self.W_dec) + self.b_dec
+        values, active = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k)
+        x_hat = sparse_decode(values, active, self.W_dec) + self.b_dec
         if self.training:
-            self.count(indices[values > 0], len(rows))
-        return SAEOutput(x_hat.view(x.shape), values, indices, d_sae=self.d_sae)
+            self.count(active.indices[values > 0], len(rows))
+        shape = len(rows), self.k
+        return SAEOutput(x_hat.view(x.shape), values.view(shape), active.indices.view(shape), active=active)
 
 
 class ReluSAE(SAE):
@@ -171,7 +172,7 @@ class ReluSAE(SAE):
         """The output for dense latents f [batch, d_sae]; in training mode the counters move."""
         if self.training:
             self.count((f > 0).any(0).nonzero(), len(f))
-        return SAEOutput(self.decode(f).view(x.shape), dense=f, d_sae=self.d_sae, extra=extra)
+        return SAEOutput(self.decode(f).view(x.shape), dense=f, extra=extra)
 
 
 class GatedSAE(ReluSAE):

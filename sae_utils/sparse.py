@@ -1,15 +1,23 @@
-"""Top-k encoding and sparse decoding with hand-written backward passes.
+"""Top-k selection, and encoding and decoding of the selected latents with hand-written backward passes.
 
-After the selection only the k active latents of each token exist: values and indices, both [batch, k]. Products with W_dec
-and the weight gradients touch those entries alone. Gradients follow the selection as it was made (its indices are
-constants); an entry that ReLU set to zero gets none. The dense form of both functions, which the tests hold them to, is
+After the selection no dense [batch, d_sae] tensor exists: only `Active`, the entries (token, latent) that survived it. Products
+with W_dec and the weight gradients touch those entries alone. Gradients follow the selection as it was made (its indices are
+constants); an entry that ReLU set to zero gets none. The dense form, which the tests hold all of this to, is
 
     z = relu((x − b_dec) W_enc + b_enc);  latents = z where z is among its row's k largest, else 0;  x̂ = latents W_dec + b_dec
+
+Two sums do all the work, `bag_sum` and `bag_dot`; on a GPU with Triton they, and the selection, are kernels of our own.
 """
+
+import functools
+import math
+import threading
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from . import kernels
 
 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
@@ -17,75 +25,215 @@ def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> T
     return torch.addmm(b_enc - b_dec @ W_enc, x, W_enc)
 
 
-def weight_gradient(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Tensor:
-    """Fᵀ rows, [d_sae, d_in], where F [batch, d_sae] has `values` at `indices`: one bag of tokens for every latent."""
-    order = indices.flatten().argsort(stable=True)
-    start = torch.zeros(d_sae, dtype=torch.long, device=indices.device)
-    start[1:] = torch.bincount(indices.flatten(), minlength=d_sae)[:-1].cumsum(0)
-    token = order.div(indices.shape[1], rounding_mode="floor")
-    return embedding_bag(token, rows, start, per_sample_weights=values.flatten()[order], mode="sum")
+class Active:
+    """The active latents of a batch: `indices` [n] of latents, token after token; token t has entries offsets[t] … offsets[t + 1].
+
+    `by_latent` holds the same entries latent after latent, sorted once for both weight gradients.
+    """
+
+    def __init__(self, indices: Tensor, offsets: Tensor, d_sae: int):
+        self.indices, self.offsets, self.d_sae = indices, offsets, d_sae
+
+    @functools.cached_property
+    def token(self) -> Tensor:
+        """[n], the token of each entry."""
+        batch = torch.arange(len(self.offsets) - 1, device=self.indices.device)
+        return batch.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
+
+    @functools.cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(order, token[order], offsets): entries order[offsets[i]] … are those of latent i."""
+        order = self.indices.argsort(stable=True)
+        offsets = torch.zeros(self.d_sae + 1, dtype=torch.long, device=order.device)
+        torch.cumsum(torch.bincount(self.indices, minlength=self.d_sae), 0, out=offsets[1:])
+        return order, self.token[order], offsets
 
 
-class TopKEncode(torch.autograd.Function):
-    """(x, W_enc, b_enc, b_dec) → values [batch, k] ≥ 0 and their indices."""
+def bag_sum(values: Tensor, indices: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
+    """Σ over a bag's entries e of values[e] · rows[indices[e]], [n_bags, d]; bag b holds entries offsets[b] … offsets[b + 1]."""
+    if kernels.available(rows):
+        return kernels.bag_sum(values, indices, offsets, rows)
+    return embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
+
+
+def bag_dot(rows: Tensor, active: Active, W: Tensor) -> Tensor:
+    """rows[t] · W[i] for every entry (t, i), [n]; rows [batch, d], W [d_sae, d]."""
+    if kernels.available(rows):
+        return kernels.bag_dot(rows, active.indices, active.offsets, W)
+    dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return dot(rows.contiguous(), W, active.indices, active.offsets[:-1], active.token, 0)
+
+
+def latent_sum(values: Tensor, active: Active, rows: Tensor) -> Tensor:
+    """Fᵀ rows, [d_sae, d], where F [batch, d_sae] has `values` at the active entries: one bag of tokens for every latent."""
+    order, token, offsets = active.by_latent
+    return bag_sum(values[order], token, offsets, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selection: no gradient goes through it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+WORKSPACE = 1 << 26  # largest number of pre-activations held at once
+
+
+class Workspace(threading.local):
+    """One buffer a thread, used again in every step: fresh pages for [batch, d_sae] cost a fifth of the product."""
+
+    buffer = torch.empty(0)
+
+    def __call__(self, shape: tuple[int, int], dtype: torch.dtype, device) -> Tensor:
+        n = shape[0] * shape[1]
+        if self.buffer.numel() < n or self.buffer.dtype != dtype or self.buffer.device != device:
+            self.buffer = torch.empty(n, dtype=dtype, device=device)
+        return self.buffer[:n].view(shape)
+
+
+workspace = Workspace()
+
+
+def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row of z [batch, n] and their columns, both [batch, k], in no order.
+
+    In two stages, exactly: the k largest lie in the k groups whose maxima are largest. Groups of √(n/k) balance the stages.
+    """
+    if kernels.available(z):
+        return kernels.select(z, k)
+    batch, n = z.shape
+    group = 1 << round(math.log2(n / k) / 2)
+    n_groups = n // group
+    if group < 4 or n_groups <= k:
+        top = z.topk(k, dim=1, sorted=False)
+        return top.values, top.indices
+    grouped = z[:, : group * n_groups].unflatten(1, (group, n_groups))  # strided groups: their maxima are vector code
+    best = grouped.amax(1).topk(k, dim=1, sorted=False).indices  # [batch, k], groups
+    members = grouped.gather(2, best[:, None].expand(-1, group, -1)).flatten(1)  # [batch, group · k]
+    rest = z[:, group * n_groups :]
+    top = (torch.cat([members, rest], 1) if rest.shape[1] else members).topk(k, dim=1, sorted=False)
+    at = top.indices.clamp_max(group * k - 1)
+    columns = at.div(k, rounding_mode="floor") * n_groups + best.gather(1, at % k)
+    return top.values, torch.where(top.indices < group * k, columns, top.indices + (group * n_groups - group * k))
+
+
+def top_of_product(x: Tensor, W: Tensor, b: Tensor, k: int, bf16: bool = False) -> tuple[Tensor, Tensor]:
+    """The k largest of every row of x Wᵀ + b: values and columns, [batch, k]; x [batch, d_in], W [d_sae, d_in].
+
+    bf16: of the product in bfloat16, as asked for by autocast. Otherwise exact: where bfloat16 is fast (`bf16_is_fast`), an fp32 product is replaced by one in bfloat16 that proposes 2k candidates,
+    rescored in fp32. A row counts only if that is certain to hold its k largest; the others are done again in fp32.
+    """
+    n = len(W)
+    if len(x) > (at_once := max(1, WORKSPACE // n)):
+        parts = [top_of_product(part, W, b, k, bf16) for part in x.split(at_once)]
+        return tuple(map(torch.cat, zip(*parts)))
+    if bf16:
+        values, columns = largest(product16(x.bfloat16(), W.bfloat16(), b), k)
+        return values.to(x.dtype), columns
+    if x.dtype == torch.float32 and 4 * k <= n and x.numel() * n > 1 << 28 and bf16_is_fast(x.device.type):
+        return certified(x, W, b, k)
+    return largest(torch.addmm(b, x, W.T, out=workspace((len(x), n), x.dtype, x.device)), k)
+
+
+def product16(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(b.bfloat16(), x, W.T, out=workspace((len(x), len(W)), torch.bfloat16, x.device))
+
+
+def certified(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`top_of_product` by 2k candidates of a bfloat16 product.
+
+    With x = x₁₆ + δx, W = W₁₆ + δW and unit roundoff u = 2⁻⁸, a pre-activation z and its approximation z₁₆ differ by at most
+
+        ‖x‖ ‖δW_i‖ + ‖δx‖ ‖W₁₆_i‖ + 2u (|z₁₆| + |b_i|) + d_in 2⁻²³ ‖x‖ ‖W_i‖
+
+    (roundings of the inputs, of bias and result, and of the sum in fp32). No latent outside the candidates can be above the
+    k-th largest rescored value if the lowest candidate plus this bound, with its maxima over latents, stays below it.
+    """
+    x16, W16 = x.bfloat16(), W.bfloat16()
+    rough, columns = largest(product16(x16, W16, b), 2 * k)
+    offsets = torch.arange(0, columns.numel() + 1, 2 * k, device=x.device)
+    exact = bag_dot(x, Active(columns.flatten(), offsets, len(W)), W).view_as(rough) + b[columns]
+    top = exact.topk(k, dim=1, sorted=False)
+    lowest = rough.amin(1).float()
+    norm = functools.partial(torch.linalg.vector_norm, dim=1)
+    x_norm, W_norm = norm(x), norm(W).max()
+    bound = x_norm * norm(W - W16).max() + norm(x - x16) * W_norm * (1 + 2**-8)
+    bound += 2**-7 * (lowest.abs() + b.abs().max()) + x.shape[1] * 2**-23 * x_norm * W_norm
+    certain = lowest + bound < top.values.amin(1)  # False for a row with NaN
+    values, columns = top.values, columns.gather(1, top.indices)
+    if not certain.all():
+        again = (~certain).nonzero().squeeze(1)
+        values[again], columns[again] = largest(torch.addmm(b, x[again], W.T), k)
+    return values, columns
+
+
+@functools.cache
+def bf16_is_fast(device_type: str) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices well faster than fp32 ones."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return device_type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding and decoding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Encode(torch.autograd.Function):
+    """The values [n] of active entries, relu((x − b_dec) W_enc + b_enc) there, as `values` holds them already; with gradients."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, k):
-        values, indices = pre_activations(x, W_enc, b_enc, b_dec).topk(k, dim=1, sorted=False)
-        values = values.relu_().to(W_enc.dtype)  # under autocast the product is bf16
-        ctx.save_for_backward(x, W_enc, b_dec, values, indices)
-        ctx.mark_non_differentiable(indices)
-        return values, indices
+    def forward(ctx, x, W_enc, b_enc, b_dec, centred, values, active):
+        ctx.save_for_backward(centred, W_enc, values)
+        ctx.active = active
+        return values.clone()
 
     @staticmethod
-    def backward(ctx, grad_values, _):
-        x, W_enc, b_dec, values, indices = ctx.saved_tensors
-        d_sae = W_enc.shape[1]
-        grad = grad_values.contiguous() * (values > 0)
-        grad_b_enc = torch.zeros(d_sae, dtype=grad.dtype, device=grad.device)
-        grad_b_enc.index_add_(0, indices.flatten(), grad.flatten())
-        grad_W = weight_gradient(grad, indices, x, d_sae) - grad_b_enc[:, None] * b_dec  # [d_sae, d_in]
-        grad_x = (
-            embedding_bag(indices, W_enc.T, per_sample_weights=grad, mode="sum") if ctx.needs_input_grad[0] else None
-        )
-        return grad_x, grad_W.T, grad_b_enc, -(grad_b_enc @ W_enc.T), None
+    def backward(ctx, grad_values):
+        centred, W_enc, values = ctx.saved_tensors
+        active = ctx.active
+        grad = grad_values * (values > 0)
+        grad_W = latent_sum(grad, active, centred)  # [d_sae, d_in]
+        grad_b_enc = grad.new_zeros(active.d_sae).index_add_(0, active.indices, grad)
+        grad_x = bag_sum(grad, active.indices, active.offsets, W_enc.T) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_W.T, grad_b_enc, -(grad_b_enc @ W_enc.T), None, None, None
 
 
-class SparseDecode(torch.autograd.Function):
-    """(values, indices, W_dec) → Σ_j values_j W_dec[indices_j], [batch, d_in]."""
+class Decode(torch.autograd.Function):
+    """(values, W_dec) → Σ_e values[e] W_dec[indices[e]] for every token, [batch, d_in]."""
 
     @staticmethod
-    def forward(ctx, values, indices, W_dec):
-        ctx.save_for_backward(values, indices, W_dec)
-        return embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum")
+    def forward(ctx, values, W_dec, active):
+        ctx.save_for_backward(values, W_dec)
+        ctx.active = active
+        return bag_sum(values, active.indices, active.offsets, W_dec)
 
     @staticmethod
     def backward(ctx, grad):
-        values, indices, W_dec = ctx.saved_tensors
-        batch, k = indices.shape
-        grad = grad.contiguous()
-        grad_values = grad_W_dec = None
-        if ctx.needs_input_grad[0]:
-            offsets = torch.arange(0, batch * k, k, device=indices.device)
-            bag = torch.arange(batch, device=indices.device).repeat_interleave(k)
-            flat = indices.flatten()
-            grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(grad, W_dec, flat, offsets, bag, 0)
-            grad_values = grad_values.view(batch, k)
-        if ctx.needs_input_grad[2]:
-            grad_W_dec = weight_gradient(values, indices, grad, W_dec.shape[0])
-        return grad_values, None, grad_W_dec
+        values, W_dec = ctx.saved_tensors
+        grad_values = bag_dot(grad, ctx.active, W_dec) if ctx.needs_input_grad[0] else None
+        grad_W_dec = latent_sum(values, ctx.active, grad) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_W_dec, None
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of relu((x − b_dec) W_enc + b_enc) per row: values [batch, k] (≥ 0, unsorted) and indices [batch, k]."""
-    return TopKEncode.apply(x, W_enc, b_enc, b_dec, k)
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Active]:
+    """The k largest of relu((x − b_dec) W_enc + b_enc) per row: values [batch · k] (≥ 0, unsorted) and where they are."""
+    bf16 = torch.is_autocast_enabled(x.device.type)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        centred = x - b_dec
+        values, columns = top_of_product(centred, W_enc.T, b_enc, k, bf16)
+        offsets = torch.arange(0, columns.numel() + 1, k, device=x.device)
+        active = Active(columns.flatten(), offsets, W_enc.shape[1])
+        values = values.flatten().relu_()
+    return Encode.apply(x, W_enc, b_enc, b_dec, centred, values, active), active
 
 
-def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    """Σ_j values[b, j] · W_dec[indices[b, j]], [batch, d_in]."""
-    return SparseDecode.apply(values, indices, W_dec)
+def sparse_decode(values: Tensor, active: Active, W_dec: Tensor) -> Tensor:
+    """Σ over a token's active latents of value · W_dec[latent], [batch, d_in]."""
+    return Decode.apply(values, W_dec, active)
 
 
-def densify(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+def densify(values: Tensor, active: Active) -> Tensor:
     """The dense [batch, d_sae] view of sparse latents; gradients reach `values`."""
-    return torch.zeros(len(values), d_sae, dtype=values.dtype, device=values.device).scatter(1, indices, values)
+    dense = values.new_zeros(len(active.offsets) - 1, active.d_sae)
+    return dense.index_put((active.token, active.indices), values)

@@ -67,7 +67,7 @@ def train(
         raise ValueError(f"decay={decay!r}: a share of the steps, between 0 and 1")
     warmup = min(1000, n_steps // 20) if warmup is None else warmup
     rates = {name: lr or 2e-4 / math.sqrt(sae.d_sae / 2**14) for name, (sae, _) in jobs.items()}
-    optimizers = {name: torch.optim.Adam(groups(sae), betas=betas, fused=True) for name, (sae, _) in jobs.items()}
+    optimizers = {name: Optimizer(sae, betas) for name, (sae, _) in jobs.items()}
     described = {n: [type(s).__name__, s.arguments, describe(o)] for n, (s, o) in jobs.items()}
     signature = digest([described, n_steps, lr, seed, warmup, decay, clip, betas, bf16])
     device = next(iter(jobs.values()))[0].W_dec.device
@@ -95,7 +95,7 @@ def train(
                 sae.train()
                 with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
                     terms = loss(sae, batch)
-                update(sae, terms["loss"], optimizers[name], rates[name] * factor, scales[name], clip)
+                optimizers[name].update(terms["loss"], rates[name] * factor, scales[name], clip)
                 scalars[-1][name] = {key: value.detach() for key, value in terms.items()}
             step += 1
             steps.update()
@@ -140,23 +140,46 @@ def stream(batches, start: int, n_steps: int):
     return itertools.islice(itertools.chain([first], iterator), start, n_steps)
 
 
-def groups(sae) -> list[dict]:
-    """Parameter groups of the optimiser: those without a unit, and those that scale with x."""
-    named = dict(sae.named_parameters())
-    scaled = [named.pop(key) for key in sae.in_units_of_x]
-    return [{"params": list(named.values())}, {"params": scaled}]
+class Optimizer:
+    """Fused Adam over an SAE's parameters, with what comes before and after its step.
 
+    `leaves` are the parameters as they lie in memory: a transposed one (W_enc) Adam would copy back and forth in every step.
+    Adam's step does not grow with the gradient, so what scales with x (`in_units_of_x`) needs a rate that does.
+    """
 
-def update(sae, loss: Tensor, optimizer, lr: float, x_scale: float, clip: float) -> None:
-    """One optimiser step. Adam's step does not grow with the gradient, so what scales with x needs a rate that does."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    sae.project_decoder_gradient()
-    torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
-    weights, scaled = optimizer.param_groups
-    weights["lr"], scaled["lr"] = lr, lr * x_scale
-    optimizer.step()
-    sae.after_step()
+    def __init__(self, sae, betas: tuple[float, float]):
+        self.sae, self.leaves = sae, {}
+        for name, p in sae.named_parameters():
+            self.leaves[name] = p if p.is_contiguous() else torch.nn.Parameter(p.detach().T, p.requires_grad)
+        scaled = [self.leaves[name] for name in sae.in_units_of_x]
+        others = [leaf for name, leaf in self.leaves.items() if name not in sae.in_units_of_x]
+        self.adam = torch.optim.Adam([{"params": others}, {"params": scaled}], betas=betas, fused=True)
+
+    def update(self, loss: Tensor, lr: float, x_scale: float, clip: float) -> None:
+        """Backward, projection, clipping at a gradient norm, Adam, renormalisation."""
+        parameters = list(self.sae.parameters())
+        for p in parameters:
+            p.grad = None
+        loss.backward()
+        self.sae.project_decoder_gradient()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if norm.is_cuda or not norm <= clip:  # on a GPU asking costs more than multiplying by 1
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        for leaf, p in zip(self.leaves.values(), parameters):
+            if leaf is not p and p.grad is not None:
+                leaf.grad = p.grad.T
+        weights, scaled = self.adam.param_groups
+        weights["lr"], scaled["lr"] = lr, lr * x_scale
+        self.adam.step()
+        self.sae.after_step()
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{name}/{k}": v for name, leaf in self.leaves.items() for k, v in self.adam.state[leaf].items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for key, value in state.items():
+            name, k = key.split("/")
+            self.adam.state[self.leaves[name]][k] = value.to(self.leaves[name].device)
 
 
 def check_finite(scalars: list[dict], step: int, checkpoint) -> None:
@@ -185,8 +208,7 @@ def save_checkpoint(path, jobs, optimizers, signature: str, step: int, history: 
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for name, (sae, _) in jobs.items():
         tensors |= {f"{name}/{key}": value for key, value in sae.state_dict().items()}
-        for key, parameter in sae.named_parameters():
-            tensors |= {f"{name}/adam/{key}/{k}": v for k, v in optimizers[name].state[parameter].items()}
+        tensors |= {f"{name}/adam/{key}": value for key, value in optimizers[name].state().items()}
     about = {"signature": signature, "sources": source_hash(), "step": step, "history": history}
     about["dead_after"] = {name: sae.dead_after for name, (sae, _) in jobs.items()}
     with replacing(path) as new:
@@ -213,12 +235,8 @@ def load_checkpoint(path, jobs, optimizers, signature: str) -> tuple[int, list[d
     for name, (sae, _) in jobs.items():
         sae.dead_after = about["dead_after"][name]
         sae.load_state_dict({key: tensors[f"{name}/{key}"] for key in sae.state_dict()})
-        for key, parameter in sae.named_parameters():
-            prefix = f"{name}/adam/{key}/"
-            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            for k, v in state.items():
-                like = parameter.detach() if v.shape == parameter.shape else v.to(parameter.device)
-                optimizers[name].state[parameter][k] = torch.empty_like(like).copy_(v)
+        prefix = f"{name}/adam/"
+        optimizers[name].load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng_cuda"])

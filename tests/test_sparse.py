@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sae_utils.sparse import densify, sparse_decode, topk_encode
+from sae_utils import sparse
+from sae_utils.sparse import Active, certified, densify, largest, sparse_decode, top_of_product, topk_encode
 
 
 def dense_form(x, W_enc, b_enc, b_dec, W_dec, k):
@@ -14,8 +15,8 @@ def dense_form(x, W_enc, b_enc, b_dec, W_dec, k):
 
 
 def sparse_form(x, W_enc, b_enc, b_dec, W_dec, k):
-    values, indices = topk_encode(x, W_enc, b_enc, b_dec, k)
-    return sparse_decode(values, indices, W_dec) + b_dec
+    values, active = topk_encode(x, W_enc, b_enc, b_dec, k)
+    return sparse_decode(values, active, W_dec) + b_dec
 
 
 def problem(batch, d_in, d_sae, seed=0, dtype=torch.float32):
@@ -65,9 +66,9 @@ def test_rows_without_a_positive_pre_activation_give_b_dec_and_no_gradient():
 
 def test_ties_keep_k_entries():
     x = torch.ones(3, 2)
-    values, indices = topk_encode(x, torch.ones(2, 6), torch.zeros(6), torch.zeros(2), 4)
-    assert values.tolist() == [[2.0] * 4] * 3
-    assert all(len(set(row)) == 4 for row in indices.tolist())
+    values, active = topk_encode(x, torch.ones(2, 6), torch.zeros(6), torch.zeros(2), 4)
+    assert values.tolist() == [2.0] * 12
+    assert all(len(set(row)) == 4 for row in active.indices.view(3, 4).tolist())
 
 
 def test_gradcheck():
@@ -76,5 +77,68 @@ def test_gradcheck():
 
 
 def test_densify_by_hand():
-    dense = densify(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([[2, 0], [1, 3]]), 4)
-    assert dense.tolist() == [[1.0, 0.0, 3.0, 0.0], [0.0, 0.0, 0.0, 2.0]]
+    active = Active(torch.tensor([2, 0, 3]), torch.tensor([0, 2, 2, 3]), 4)  # tokens with 2, 0 and 1 active latents
+    dense = densify(torch.tensor([3.0, 1.0, 2.0]), active)
+    assert dense.tolist() == [[1.0, 0.0, 3.0, 0.0], [0.0] * 4, [0.0, 0.0, 0.0, 2.0]]
+    assert active.token.tolist() == [0, 0, 2]
+    order, token, offsets = active.by_latent
+    assert (order.tolist(), token.tolist(), offsets.tolist()) == ([1, 0, 2], [0, 0, 2], [0, 1, 1, 2, 3])
+
+
+@pytest.mark.parametrize("n, k", [(96, 3), (97, 3), (4096, 8), (4099, 8), (1000, 60), (64, 64), (5, 1), (70, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selection_in_two_stages_is_exact(n, k, dtype):
+    z = torch.randn(50, n, generator=torch.Generator().manual_seed(n)).to(dtype)  # in bfloat16 with many ties
+    z[0] = -1.0
+    z[1, : n // 2] = float("-inf")
+    values, columns = largest(z, k)
+    assert torch.equal(values.sort(1).values, z.topk(k, 1).values.sort(1).values)
+    assert torch.equal(z.gather(1, columns), values)
+    assert all(len(set(row)) == k for row in columns.tolist())
+
+
+@pytest.mark.parametrize("make", ["plain", "close", "ties", "large bias", "negative", "nan"])
+def test_certified_selection_equals_that_of_the_fp32_product(make):
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(200, 64, generator=generator), torch.randn(512, 64, generator=generator) / 8
+    b = torch.zeros(512)
+    if make == "close":  # rows of W that bfloat16 cannot tell apart
+        W[1:] = W[0] + 1e-4 * torch.randn(511, 64, generator=generator)
+    if make == "ties":
+        W[256:] = W[:256]
+    if make == "large bias":
+        b = 100 + torch.randn(512, generator=generator)
+    if make == "negative":
+        b -= 100
+    if make == "nan":
+        x[3, 5] = float("nan")
+    values, columns = certified(x, W, b, 8)
+    exact = (x.double() @ W.double().T + b.double()).topk(9, 1).values
+    torch.testing.assert_close(
+        values.double().sort(1, descending=True).values, exact[:, :8], equal_nan=True, rtol=2e-6, atol=2e-6
+    )
+    assert all(len(set(row)) == 8 for row in columns.tolist())
+
+
+def test_too_few_candidates_would_be_noticed(monkeypatch):
+    """The rows that the bound leaves open are the ones redone: with a bound of -inf the wrong latents come through."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(50, 64, generator=generator), torch.randn(512, 64, generator=generator) / 8
+    W[1:] = W[0] + 1e-4 * W[1:]
+    exact = (x.double() @ W.double().T).topk(8, 1).values.sum()
+    asked = []
+    monkeypatch.setattr(sparse, "largest", lambda z, k: asked.append(z.shape) or largest(z, k))
+    values, _ = certified(x, W, torch.zeros(512), 8)
+    assert len(asked) == 2 and asked[1][0] > 40  # nearly every row again
+    torch.testing.assert_close(values.double().sum(), exact)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_batches_larger_than_the_workspace_are_split(monkeypatch, bf16):
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(50, 16, generator=generator), torch.randn(64, 16, generator=generator)
+    whole = top_of_product(x, W, torch.zeros(64), 4, bf16)
+    monkeypatch.setattr(sparse, "WORKSPACE", 64 * 7)
+    parts = top_of_product(x, W, torch.zeros(64), 4, bf16)
+    torch.testing.assert_close(parts[0], whole[0])
+    assert torch.equal(parts[1], whole[1])
