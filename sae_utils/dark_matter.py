@@ -94,4 +94,4 @@ def with_pursuit(sae, x: Tensor, method: str = "gradient") -> SAEOutput:
     values, indices = gradient_pursuit(x, sae.W_dec, sae.b_dec, (sae.encode(x) > 0).sum(-1), method)
     values, indices = values.flatten(0, -2), indices.flatten(0, -2)
     latents = values.new_zeros(len(values), sae.d_sae).scatter_add_(1, indices, values)  # unused slots add 0
-    return SAEOutput(sae.decode(latents).view(x.shape), dense=latents, d_sae=sae.d_sae)
+    return SAEOutput(sae.decode(latents).view(x.shape), dense=latents)

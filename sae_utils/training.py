@@ -6,10 +6,12 @@ renormalised (arXiv 2406.04093: project and renormalise, both).
 
 import contextlib
 import functools
+import inspect
 import itertools
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +38,7 @@ def train(
     clip: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
     bf16: bool = False,
+    resample: Sequence[float] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
     progress: bool = True,
@@ -46,6 +49,8 @@ def train(
     lr: Adam's peak rate; None applies the width rule 2e-4/√(d_sae/2¹⁴). It warms up over `warmup` steps (default
     min(1,000, 5% of n_steps)), stays, and falls linearly to 0 over the last `decay` share of the steps (ours).
     clip: largest gradient norm, per SAE. bf16: products in bfloat16 (autocast); otherwise exact fp32.
+    resample: shares of the run, (0.25, 0.5) say, at which dead latents begin anew by `resample_dead`; after each lr rises again
+    from 0.1 × along a cosine, over min(1,000, 5% of n_steps) steps (arXiv 2404.16014; the 5% ours).
     checkpoint: a file, written every `checkpoint_every` steps (rounded up to a row of the history) and at the end. If it
     holds a training of these very settings, that one goes on where it stopped.
 
@@ -53,7 +58,8 @@ def train(
     biases learn, so that the scale of x plays no part; a second `train` keeps both. `dead_after` becomes min(10M, 10% of
     the run's tokens). On one machine equal seeds give equal bits on CPU, interrupted or not.
     History: ~200 rows a SAE: step, tokens, lr, the objective's scalars (each averaged since the row before), dead (the share
-    of dead latents), and with several SAEs `sae`, the name.
+    of dead latents), and with several SAEs `sae`, the name. A UserWarning says so if an objective's coefficient kills every
+    latent, or none.
 
     Raises FloatingPointError naming the batch if x or a loss is not finite (the checkpoint keeps the last good state);
     ValueError for settings out of range, an empty stream, a damaged checkpoint or one of another training.
@@ -65,11 +71,14 @@ def train(
         raise ValueError(f"lr={lr!r}: it has to be above 0, or None for the width rule")
     if not 0 <= decay <= 1:
         raise ValueError(f"decay={decay!r}: a share of the steps, between 0 and 1")
+    if not all(0 < share < 1 for share in resample):
+        raise ValueError(f"resample={resample!r}: shares of the run, each between 0 and 1")
     warmup = min(1000, n_steps // 20) if warmup is None else warmup
+    resample_at = sorted(max(1, round(share * n_steps)) for share in resample)
     rates = {name: lr or 2e-4 / math.sqrt(sae.d_sae / 2**14) for name, (sae, _) in jobs.items()}
     optimizers = {name: Optimizer(sae, betas) for name, (sae, _) in jobs.items()}
     described = {n: [type(s).__name__, s.arguments, describe(o)] for n, (s, o) in jobs.items()}
-    signature = digest([described, n_steps, lr, seed, warmup, decay, clip, betas, bf16])
+    signature = digest([described, n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample_at])
     device = next(iter(jobs.values()))[0].W_dec.device
     log_every = max(1, n_steps // 200)
     save_every = log_every * math.ceil(checkpoint_every / log_every)
@@ -90,6 +99,10 @@ def train(
                         sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
                     scales[name] = sae.x_scale.item()
             factor = min(1, (step + 1) / max(warmup, 1), (n_steps - step) / max(decay * n_steps, 1))
+            factor *= recovery(step, resample_at, min(1000, n_steps // 20))
+            if step in resample_at:
+                for name, (sae, _) in jobs.items():
+                    resample_dead(sae, x, optimizers[name], torch.Generator().manual_seed(seed * n_steps + step))
             scalars.append({"x": {"sum": x.sum(dtype=torch.float32)}})
             for name, (sae, loss) in jobs.items():
                 sae.train()
@@ -113,8 +126,11 @@ def train(
                 if checkpoint and (step % save_every == 0 or step == n_steps):
                     save_checkpoint(checkpoint, jobs, optimizers, signature, step, history)
         steps.close()
-    for sae, _ in jobs.values():
+    for name, (sae, loss) in jobs.items():
         sae.eval()
+        l0 = next((row.get("l0") for row in reversed(history) if row.get("sae", "") == name), None)
+        if advice := on_coefficient(sae, loss, l0):
+            warnings.warn(f"{name!r}: {advice}" if name else advice)
     if step < n_steps:
         warnings.warn(f"the batches ended after {step} of n_steps={n_steps}: the learning rate never reached its end")
     return pd.DataFrame(history)
@@ -182,6 +198,39 @@ class Optimizer:
             self.adam.state[self.leaves[name]][k] = value.to(self.leaves[name].device)
 
 
+def recovery(step: int, resample_at: list[int], n: int) -> float:
+    """The factor of lr in the n steps after a resampling: from 0.1 up to 1 along half a cosine."""
+    since = min((step - at for at in resample_at if at <= step), default=n)
+    return 1 if since >= n else 0.55 - 0.45 * math.cos(math.pi * since / n)
+
+
+@torch.no_grad()
+def resample_dead(sae, x: Tensor, optimizer: Optimizer, generator: torch.Generator) -> None:
+    """Let dead latents begin anew at inputs that are reconstructed badly (Bricken et al. 2023); live ones stay as they are.
+
+    Inputs are drawn with probability ∝ (‖x − x̂‖²)², each for one latent at most; in whole rows position 0 is not drawn. W_dec
+    gets the direction of x − b_dec, W_enc the same at 0.2 × the mean norm of the live, biases and Adam's moments become 0.
+    No random state but `generator` is touched.
+    """
+    rows, live = sae.rows(x if x.ndim < 3 else x[:, 1:]), ~sae.dead()
+    dead = (~live).nonzero().squeeze(1)[: len(rows)]
+    if not len(dead):
+        return
+    error = (rows - sae.eval()(rows).x_hat).square().sum(1).double()
+    weight = (error / error.max().clamp_min(1e-30)).square().nan_to_num().cpu() + 1e-12  # never 0
+    chosen = rows[torch.multinomial(weight, len(dead), generator=generator).to(rows.device)]
+    directions = torch.nn.functional.normalize(chosen - sae.b_dec, dim=1)
+    for name, parameter in sae.named_parameters():
+        new, leaf = directions if name == "W_dec" else 0, optimizer.leaves[name]
+        if name in ("W_enc", "W_mag"):
+            new = 0.2 * parameter.norm(dim=0)[live if live.any() else slice(None)].mean() * directions
+        by_latent = 0 if name == "W_dec" or leaf is not parameter else -1  # the axis
+        moments = [(m, 0) for m in optimizer.adam.state[leaf].values() if m.ndim]
+        for tensor, value in [(leaf, new), *moments] if name != "b_dec" else []:
+            tensor.movedim(by_latent, 0)[dead] = value
+    sae.tokens_since_fired[dead] = 0
+
+
 def check_finite(scalars: list[dict], step: int, checkpoint) -> None:
     """Raise FloatingPointError naming the first batch in which x or a term of a loss is not finite."""
     values = {(i, n, k): v for i, terms in enumerate(scalars) for n, t in terms.items() for k, v in t.items()}
@@ -193,6 +242,24 @@ def check_finite(scalars: list[dict], step: int, checkpoint) -> None:
             )
             kept = f" The last good state is in {checkpoint}." if checkpoint and Path(checkpoint).exists() else ""
             raise FloatingPointError(f"{what} became NaN or infinite in batch {step - len(scalars) + i}.{kept}")
+
+
+def on_coefficient(sae, objective, l0: float | None) -> str:
+    """Which way to move the sparsity coefficient of an objective that has one, if L0 says that it is far off, else `""`.
+
+    Off means (ours): fewer than one active latent in ten tokens; or more of them than x has coordinates (than half of all, in
+    a narrow dictionary), where a dense code of the same size would lose nothing.
+    """
+    settings = inspect.signature(objective).parameters
+    with_target = "target_l0" in settings and settings["target_l0"].default is not None
+    if "coefficient" not in settings or with_target or l0 is None:
+        return ""
+    most, now = min(sae.d_in, sae.d_sae / 2), f"coefficient={settings['coefficient'].default}"
+    if l0 < 0.1:
+        return f"{now} leaves almost no latent active (L0 {l0:.2g} at the end): lower it, by half say"
+    if l0 > most:
+        return f"{now} leaves hardly any latent inactive (L0 {l0:.3g} of {sae.d_sae} at the end): raise it, twofold say"
+    return ""
 
 
 def describe(objective) -> str:

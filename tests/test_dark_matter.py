@@ -123,13 +123,14 @@ def test_more_latents_fit_better_and_least_squares_best():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_in_a_crowded_dictionary_weights_stay_above_zero_and_the_error_never_rises(method):
-    """12 directions in 3 dimensions: steps along the gradient do cross zero there."""
-    generator = torch.Generator().manual_seed(0)
-    D, x = normalize(torch.randn(12, 3, generator=generator), dim=1), torch.randn(300, 3, generator=generator)
+    """12 directions in 3 dimensions: steps along the gradient do cross zero there, and would add a latent twice."""
+    torch.manual_seed(0)
+    D, x = normalize(torch.randn(12, 3), dim=1), torch.randn(2000, 3)
     errors = []
     for l0 in range(9):
         values, indices = gradient_pursuit(x, D, torch.zeros(3), l0, method)
         assert (values >= 0).all()
+        assert all(len(set(i[v > 0].tolist())) == (v > 0).sum() for v, i in zip(values, indices)), "added twice"
         errors.append((x - dense(values, indices, 12) @ D).square().sum(1))
     assert torch.stack(errors).diff(dim=0).max() < 1e-5
 
