@@ -7,6 +7,8 @@ is taken as x. Settings are bound by `functools.partial`.
 import torch
 from torch import Tensor
 
+from .sparse import sparse_decode
+
 
 def as_batch(batch) -> dict:
     return batch if isinstance(batch, dict) else {"x": batch}
@@ -78,7 +80,7 @@ def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05) -> dict[
     x = sae.rows(batch["x"])
     out = sae(x)
     fvu = batch_fvu(x, out.x_hat)
-    l1 = out.latents.sum(1).mean() / spread(x).sqrt()
+    l1 = (out.values if out.dense is None else out.dense).sum() / len(x) / spread(x).sqrt()
     loss = fvu + warmed(coefficient, warmup, batch) * l1
     return {"loss": loss, "fvu": fvu, "l1": l1, "l0": l0_of(out, len(x))}
 
@@ -92,10 +94,11 @@ def gated_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, froze
     batch = as_batch(batch)
     x = sae.rows(batch["x"])
     out = sae(x)
-    gate = out.extra["pi_gate"].relu()
+    gate = out.extra["gate"]
     W_dec, b_dec = (sae.W_dec.detach(), sae.b_dec.detach()) if frozen else (sae.W_dec, sae.b_dec)
-    fvu, aux = batch_fvu(x, out.x_hat), batch_fvu(x, gate @ W_dec + b_dec)
-    l1 = gate.sum(1).mean() / spread(x).sqrt()
+    from_gate = gate @ W_dec if out.active is None else sparse_decode(gate, out.active, W_dec)
+    fvu, aux = batch_fvu(x, out.x_hat), batch_fvu(x, from_gate + b_dec)
+    l1 = gate.sum() / len(x) / spread(x).sqrt()
     loss = fvu + warmed(coefficient, warmup, batch) * l1 + aux
     return {"loss": loss, "fvu": fvu, "l1": l1, "aux": aux, "l0": l0_of(out, len(x))}
 
@@ -108,6 +111,6 @@ def jumprelu_loss(
     x = sae.rows(batch["x"])
     out = sae(x)
     fvu = batch_fvu(x, out.x_hat)
-    l0 = out.extra["active"].sum(1).mean()
+    l0 = out.extra["step"].sum(1).mean()
     penalty = l0 if target_l0 is None else (l0 / target_l0 - 1).square()
     return {"loss": fvu + warmed(coefficient, warmup, batch) * penalty, "fvu": fvu, "l0": l0}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .sparse import Active, densify, pre_activations, sparse_decode, topk_encode
+from .sparse import Active, at, densify, encode_at, pre_activations, relu_encode, sparse_decode, topk_encode
 
 
 @dataclass
@@ -166,13 +166,17 @@ class ReluSAE(SAE):
     architecture = "standard"
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
-        return self.dense_output(x, self.pre_activations(x).relu())
+        return self.output(x, *relu_encode(self.rows(x), self.W_enc, self.b_enc, self.b_dec))
 
-    def dense_output(self, x: Tensor, f: Tensor, **extra: Tensor) -> SAEOutput:
-        """The output for dense latents f [batch, d_sae]; in training mode the counters move."""
+    def output(self, x: Tensor, f: Tensor, active: Active | None = None, **extra: Tensor) -> SAEOutput:
+        """The output for latents f, dense [batch, d_sae] or the values of `active`; in training mode the counters move."""
         if self.training:
-            self.count((f > 0).any(0).nonzero(), len(f))
-        return SAEOutput(self.decode(f).view(x.shape), dense=f, extra=extra)
+            fired = (f > 0).any(0).nonzero() if active is None else active.indices[f > 0]
+            self.count(fired, x.numel() // self.d_in)
+        if active is None:
+            return SAEOutput(self.decode(f).view(x.shape), dense=f, extra=extra)
+        x_hat = (sparse_decode(f, active, self.W_dec) + self.b_dec).view(x.shape)
+        return SAEOutput(x_hat, f, active.indices, active.offsets, active, extra=extra)
 
 
 class GatedSAE(ReluSAE):
@@ -206,14 +210,18 @@ class GatedSAE(ReluSAE):
         return super().arguments | {"tied": self.tied, "rescale": self.rescale}
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
-        rows, zero = self.rows(x), self.b_gate.new_zeros(())
-        projected = pre_activations(rows, self.W_enc, zero, self.b_dec)
+        rows = self.rows(x)
+        gate, active = relu_encode(
+            rows, self.W_enc, self.b_gate, self.b_dec
+        )  # relu(π): the rest needs no other entries
         if self.tied:
-            magnitude = projected * self.r_mag.exp() + self.b_mag
-        else:
+            scale, b_gate, b_mag = (at(v, active) for v in (self.r_mag.exp(), self.b_gate, self.b_mag))
+            magnitude = (gate - b_gate) * scale + b_mag
+        elif active is None:
             magnitude = pre_activations(rows, self.W_mag, self.b_mag, self.b_dec)
-        pi_gate = projected + self.b_gate
-        return self.dense_output(x, magnitude.relu() * (pi_gate > 0), pi_gate=pi_gate)
+        else:
+            magnitude = encode_at(active, rows, self.W_mag, self.b_mag, self.b_dec)
+        return self.output(x, magnitude.relu() * (gate > 0), active, gate=gate)
 
 
 class JumpReluSAE(ReluSAE):
@@ -245,7 +253,7 @@ class JumpReluSAE(ReluSAE):
         active = step(z, self.threshold, self.width())
         # z · step would send θ the gradient −z/ε near θ; the paper's is −θ/ε, of the same smeared step
         f = z * active.detach() + self.threshold * (active - active.detach())
-        return self.dense_output(x, f, active=active)
+        return self.output(x, f, step=active)
 
     @torch.no_grad()
     def initialise(self, rows: Tensor) -> None:

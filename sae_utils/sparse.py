@@ -2,7 +2,7 @@
 
 After the selection no dense [batch, d_sae] tensor exists: only `Active`, the entries (token, latent) that survived it. Products
 with W_dec and the weight gradients touch those entries alone. Gradients follow the selection as it was made (its indices are
-constants); an entry that ReLU set to zero gets none. The dense form, which the tests hold all of this to, is
+constants). The dense form, which the tests hold all of this to, is
 
     z = relu((x − b_dec) W_enc + b_enc);  latents = z where z is among its row's k largest, else 0;  x̂ = latents W_dec + b_dec
 
@@ -11,13 +11,28 @@ Two sums do all the work, `bag_sum` and `bag_dot`; on a GPU with Triton they, an
 
 import functools
 import math
+import os
 import threading
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from . import kernels
+
+@functools.cache
+def kernels():
+    """The Triton kernels, or None where Triton is missing."""
+    try:
+        from . import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def on_triton(tensor: Tensor) -> bool:
+    """Whether the kernels take this tensor: on a GPU, or anywhere under TRITON_INTERPRET=1."""
+    wanted = tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return bool(wanted and tensor.dtype != torch.float64 and kernels() and kernels().available(tensor))
 
 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
@@ -51,15 +66,15 @@ class Active:
 
 def bag_sum(values: Tensor, indices: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
     """Σ over a bag's entries e of values[e] · rows[indices[e]], [n_bags, d]; bag b holds entries offsets[b] … offsets[b + 1]."""
-    if kernels.available(rows):
-        return kernels.bag_sum(values, indices, offsets, rows)
+    if on_triton(rows):
+        return kernels().bag_sum(values, indices, offsets, rows)
     return embedding_bag(indices, rows, offsets, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
 def bag_dot(rows: Tensor, active: Active, W: Tensor) -> Tensor:
     """rows[t] · W[i] for every entry (t, i), [n]; rows [batch, d], W [d_sae, d]."""
-    if kernels.available(rows):
-        return kernels.bag_dot(rows, active.indices, active.offsets, W)
+    if on_triton(rows):
+        return kernels().bag_dot(rows, active.indices, active.offsets, W)
     dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
     return dot(rows.contiguous(), W, active.indices, active.offsets[:-1], active.token, 0)
 
@@ -76,6 +91,9 @@ def latent_sum(values: Tensor, active: Active, rows: Tensor) -> Tensor:
 
 
 WORKSPACE = 1 << 26  # largest number of pre-activations held at once
+
+
+FEW = 1 / 32  # a share of active latents below which sparse is faster than dense
 
 
 class Workspace(threading.local):
@@ -98,8 +116,8 @@ def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     In two stages, exactly: the k largest lie in the k groups whose maxima are largest. Groups of √(n/k) balance the stages.
     """
-    if kernels.available(z):
-        return kernels.select(z, k)
+    if on_triton(z):
+        return kernels().select(z, k)
     batch, n = z.shape
     group = 1 << round(math.log2(n / k) / 2)
     n_groups = n // group
@@ -180,22 +198,39 @@ def bf16_is_fast(device_type: str) -> bool:
 
 
 class Encode(torch.autograd.Function):
-    """The values [n] of active entries, relu((x − b_dec) W_enc + b_enc) there, as `values` holds them already; with gradients."""
+    """The pre-activations (x − b_dec) W_enc + b_enc at active entries, [n], as `values` holds them already; with gradients."""
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, b_dec, centred, values, active):
-        ctx.save_for_backward(centred, W_enc, values)
+        ctx.save_for_backward(centred, W_enc)
         ctx.active = active
         return values.clone()
 
     @staticmethod
-    def backward(ctx, grad_values):
-        centred, W_enc, values = ctx.saved_tensors
-        active = ctx.active
-        grad = grad_values * (values > 0)
+    def backward(ctx, grad):
+        (centred, W_enc), active = ctx.saved_tensors, ctx.active
         grad_W = latent_sum(grad, active, centred)  # [d_sae, d_in]
         grad_b_enc = grad.new_zeros(active.d_sae).index_add_(0, active.indices, grad)
         grad_x = bag_sum(grad, active.indices, active.offsets, W_enc.T) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_W.T, grad_b_enc, -(grad_b_enc @ W_enc.T), None, None, None
+
+
+class DenseEncode(torch.autograd.Function):
+    """The same for all entries, relu'd: `f` [batch, d_sae] = relu((x − b_dec) W_enc + b_enc); products in the dtype `half`."""
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, b_dec, centred, f, half):
+        ctx.save_for_backward(centred, W_enc, f)
+        ctx.half = half
+        return f
+
+    @staticmethod
+    def backward(ctx, grad):
+        centred, W_enc, f = ctx.saved_tensors
+        grad = grad * (f > 0)
+        grad_b_enc, half = grad.sum(0), grad.to(ctx.half)
+        grad_W = (half.T @ centred.to(ctx.half)).to(grad.dtype)
+        grad_x = (half @ W_enc.T.to(ctx.half)).to(grad.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, grad_W.T, grad_b_enc, -(grad_b_enc @ W_enc.T), None, None, None
 
 
@@ -224,8 +259,44 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) 
         values, columns = top_of_product(centred, W_enc.T, b_enc, k, bf16)
         offsets = torch.arange(0, columns.numel() + 1, k, device=x.device)
         active = Active(columns.flatten(), offsets, W_enc.shape[1])
-        values = values.flatten().relu_()
-    return Encode.apply(x, W_enc, b_enc, b_dec, centred, values, active), active
+    return Encode.apply(x, W_enc, b_enc, b_dec, centred, values.flatten(), active).relu(), active
+
+
+def relu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> tuple[Tensor, Active | None]:
+    """relu((x − b_dec) W_enc + b_enc): the positive values, flat, and where they are, if few are positive; else dense, and None.
+
+    Few is less than one in 32 (`FEW`), as after some hundred steps with a penalty on activity; then a step costs little more
+    than its one dense product, where a dense one has five.
+    """
+    half = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        centred = x - b_dec
+        shape = len(x), W_enc.shape[1]
+        z = torch.addmm(b_enc.to(half), centred.to(half), W_enc.to(half), out=workspace(shape, half, x.device))
+        positive = z > 0
+        counts = positive.sum(1)
+        if few := bool(counts.sum() < FEW * z.numel()):
+            token, latent = positive.nonzero(as_tuple=True)
+            values = z[token, latent].to(x.dtype)
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            active = Active(latent, offsets, shape[1])
+            active.token = token
+    if few:
+        return Encode.apply(x, W_enc, b_enc, b_dec, centred, values, active), active
+    return DenseEncode.apply(x, W_enc, b_enc, b_dec, centred, z.to(x.dtype, copy=True).relu_(), half), None
+
+
+def encode_at(active: Active, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """(x − b_dec) W_enc + b_enc at the active entries, [n]."""
+    with torch.no_grad():
+        centred = x - b_dec
+        values = bag_dot(centred, active, W_enc.T) + b_enc[active.indices]
+    return Encode.apply(x, W_enc, b_enc, b_dec, centred, values, active)
+
+
+def at(v: Tensor, active: Active | None) -> Tensor:
+    """A vector over latents, [d_sae], spread over the active entries, or over all if `active` is None."""
+    return v if active is None else v.index_select(0, active.indices)
 
 
 def sparse_decode(values: Tensor, active: Active, W_dec: Tensor) -> Tensor:

@@ -6,9 +6,15 @@ from functools import partial
 import pytest
 import torch
 
-from sae_utils import GatedSAE, JumpReluSAE, ReluSAE, load_sae, save_sae, to_jumprelu, train
+from sae_utils import GatedSAE, JumpReluSAE, ReluSAE, load_sae, save_sae, sparse, to_jumprelu, train
 from sae_utils.losses import batch_fvu, gated_loss, jumprelu_loss, l1_loss
 from sae_utils.sae import step
+
+
+@pytest.fixture(params=[0.0, 2.0], ids=["dense", "sparse"], autouse=True)
+def form(request, monkeypatch):
+    """Everything here holds in both forms, whichever of them the share of active latents would choose."""
+    monkeypatch.setattr(sparse, "FEW", request.param)
 
 
 def by_hand():
@@ -29,7 +35,8 @@ def test_gated_forward_by_hand():
     out = by_hand()(torch.tensor([[3.0, 1.0], [1.5, -0.2]]))
     torch.testing.assert_close(out.latents, torch.tensor([[4.5, 0.0], [0.0, 0.0]]))
     torch.testing.assert_close(out.x_hat, torch.tensor([[5.5, 0.0], [1.0, 0.0]]))
-    torch.testing.assert_close(out.extra["pi_gate"], torch.tensor([[1.0, 1.5], [-0.5, 0.3]]))
+    gate = out.extra["gate"] if out.active is None else sparse.densify(out.extra["gate"], out.active)
+    torch.testing.assert_close(gate, torch.tensor([[1.0, 1.5], [0.0, 0.3]]))
 
 
 def test_losses_by_hand():

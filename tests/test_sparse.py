@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from sae_utils import sparse
-from sae_utils.sparse import Active, certified, densify, largest, sparse_decode, top_of_product, topk_encode
+from sae_utils.sparse import (
+    Active,
+    certified,
+    densify,
+    largest,
+    relu_encode,
+    sparse_decode,
+    top_of_product,
+    topk_encode,
+)
 
 
 def dense_form(x, W_enc, b_enc, b_dec, W_dec, k):
@@ -142,3 +151,20 @@ def test_batches_larger_than_the_workspace_are_split(monkeypatch, bf16):
     parts = top_of_product(x, W, torch.zeros(64), 4, bf16)
     torch.testing.assert_close(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])
+
+
+def test_few_active_latents_make_the_sparse_form_and_both_have_the_same_gradients(monkeypatch):
+    x, W_enc, b_enc, b_dec, W_dec = tensors = problem(30, 12, 200, seed=5)
+    with torch.no_grad():
+        b_enc -= 3
+    results = []
+    for few in (1 / 32, 0):
+        monkeypatch.setattr(sparse, "FEW", few)
+        f, active = relu_encode(x, W_enc, b_enc, b_dec)
+        assert (active is None) == (few == 0) and (active is None or 0 < len(f) < 200)
+        dense = f if active is None else densify(f, active)
+        x_hat = dense @ W_dec if active is None else sparse_decode(f, active, W_dec)
+        torch.testing.assert_close(dense, ((x - b_dec) @ W_enc + b_enc).relu())
+        results.append(torch.autograd.grad((x_hat - x).square().sum() + f.sum(), tensors))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
