@@ -39,7 +39,7 @@ def auxk_loss(sae, x: Tensor, x_hat: Tensor, k_aux: int | None = None) -> Tensor
     if k_aux < len(dead):
         top = z.topk(k_aux, dim=1, sorted=False)
         z = torch.zeros_like(z).scatter(1, top.indices, top.values)
-    return batch_fvu(error, z @ sae.W_dec[dead])
+    return batch_fvu(error, z @ sae.W_dec.index_select(0, dead))
 
 
 def spread(x: Tensor) -> Tensor:

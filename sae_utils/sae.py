@@ -86,9 +86,12 @@ class SAE(nn.Module):
         self.tokens_since_fired += n_tokens
         self.tokens_since_fired[active] = 0
 
-    def pre_activations(self, x: Tensor, latents: Tensor | slice = slice(None)) -> Tensor:
-        """(x − b_dec) W_enc + b_enc of some latents (default all), [batch, n_latents]."""
-        return pre_activations(self.rows(x), self.W_enc[:, latents], self.b_enc[latents], self.b_dec)
+    def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """(x − b_dec) W_enc + b_enc of some latents (indices; default all), [batch, n_latents]."""
+        W_enc, b_enc = self.W_enc, self.b_enc
+        if latents is not None:  # by rows, as W_enc lies in memory, and its gradient
+            W_enc, b_enc = W_enc.T.index_select(0, latents).T, b_enc.index_select(0, latents)
+        return pre_activations(self.rows(x), W_enc, b_enc, self.b_dec)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -123,8 +126,8 @@ class SAE(nn.Module):
     def project_decoder_gradient(self) -> None:
         """Take out of W_dec's gradient its part along each row, which the normalisation would undo."""
         if self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+            for grad, row in zip(self.W_dec.grad.split(1024), self.W_dec.split(1024)):  # few enough to stay in cache
+                grad.addcmul_((grad * row).sum(1, keepdim=True), row, value=-1)
 
 
 class TopKSAE(SAE):
