@@ -16,8 +16,10 @@ test: lint
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab notebooks
 
+# the public libraries are measured beside ours where `make interop` has installed them
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/store.py
+	PYTHONPATH=. $(firstword $(wildcard .venv-interop/bin/python) $(BIN)/python) benchmarks/step.py
 
 interop: .venv-interop/ready
 	PYTHONPATH=. .venv-interop/bin/python -m pytest tests/interop
@@ -38,5 +40,6 @@ $(VENV)/ready: requirements.txt pyproject.toml
 .venv-interop/ready: tests/interop/requirements.txt
 	$(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' $<)
-	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check -c $< -r $<
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
 	touch $@

@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from sae_utils import TopKSAE, train
+from sae_utils import SAEOutput, TopKSAE, train
 from sae_utils.losses import reconstruction_loss
 from sae_utils.training import stream, undertrained
 
@@ -234,3 +235,27 @@ def test_half_precision_activations_are_taken_and_do_not_overflow():
 
     history = run(new_sae(), Half())
     assert history["fvu"].iloc[-1] < 0.8 * history["fvu"].iloc[0]
+
+
+class DenseTopK(TopKSAE):
+    """The same SAE written out densely, with autograd's gradients."""
+
+    def forward(self, x, grad=None):
+        z = ((x - self.b_dec) @ self.W_enc + self.b_enc).relu()
+        top = z.topk(self.k, dim=1)
+        f = torch.zeros_like(z).scatter(1, top.indices, top.values)
+        self.count((f > 0).any(0).nonzero(), len(x))
+        return SAEOutput(self.decode(f), dense=f)
+
+
+def test_the_loss_curve_is_that_of_the_dense_form():
+    torch.manual_seed(3)
+    plane = torch.randn(3, 16)
+    x = [torch.randn(64, 3) @ plane + 0.1 * torch.randn(64, 16) for _ in range(40)]
+    sparse, dense = TopKSAE(16, 96, 2), DenseTopK(16, 96, 2)
+    dense.load_state_dict(sparse.state_dict())
+    objective = functools.partial(reconstruction_loss, alpha=1 / 4)  # AuxK acts
+    histories = [train(sae, x, objective, n_steps=200, lr=3e-3, progress=False) for sae in (sparse, dense)]
+    assert histories[0]["auxk"].max() > 0
+    for column in ("fvu", "auxk", "l0", "dead"):
+        np.testing.assert_allclose(histories[0][column], histories[1][column], rtol=2e-3, atol=2e-4, err_msg=column)
