@@ -10,7 +10,7 @@ SWEEP ?= sweeps/laptop.toml
 run: $(VENV)/ready
 	$(BIN)/python -m sae_utils.sweep $(SWEEP)
 
-test: lint
+test: lint $(VENV)/optional
 	$(BIN)/python -m pytest
 
 lab: $(VENV)/ready
@@ -35,6 +35,11 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' requirements.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# what only some of the tests need
+$(VENV)/optional: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[triton]"
 	touch $@
 
 .venv-interop/ready: tests/interop/requirements.txt

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Append the tier's parameters to each cell tagged `parameters`; without a GPU deselect (and count) what needs one."""
-    if needs_gpu := [item for item in items if item.get_closest_marker("cuda") and not torch.cuda.is_available()]:
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if item not in needs_gpu]
+    """Append the tier's parameters to each cell tagged `parameters`; deselect (and count) what needs a GPU, or Triton,
+    where there is none."""
+    here = {"cuda": torch.cuda.is_available(), "triton": find_spec("triton") is not None}
+    absent = [marker for marker in here if not here[marker]]
+    if deselected := [item for item in items if any(map(item.get_closest_marker, absent))]:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
     for item in items:
         if isinstance(item, IPyNbCell) and "parameters" in item.cell.metadata.get("tags", []):
             if item.path.parent.resolve() == notebooks_dir():

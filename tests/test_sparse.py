@@ -1,5 +1,9 @@
 """The sparse encoder and decoder against the dense form that defines them: values and every gradient."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -83,6 +87,19 @@ def test_ties_keep_k_entries():
 def test_gradcheck():
     tensors = problem(4, 3, 7, seed=3, dtype=torch.double)
     assert torch.autograd.gradcheck(lambda *t: sparse_form(*t, 2), tensors)
+
+
+def test_kernels_take_over_where_they_can():
+    assert sparse.on_triton(torch.zeros(1)) == (os.environ.get("TRITON_INTERPRET") == "1")
+    assert not sparse.on_triton(torch.zeros(1, dtype=torch.double))
+
+
+@pytest.mark.triton
+def test_the_same_with_interpreted_triton_kernels():
+    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "agrees or gradients or positive or take_over"]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0 and "8 passed" in run.stdout, run.stdout + run.stderr
 
 
 def test_densify_by_hand():
