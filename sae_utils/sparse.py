@@ -93,6 +93,7 @@ def latent_sum(values: Tensor, active: Active, rows: Tensor) -> Tensor:
 WORKSPACE = 1 << 25  # largest number of pre-activations held at once
 
 
+NARROW = 256  # a d_in below which the fp32 product is as cheap as candidates in bfloat16 and their rescoring
 FEW = 1 / 32  # a share of active latents below which sparse is faster than dense
 
 
@@ -147,7 +148,7 @@ def top_of_product(x: Tensor, W: Tensor, b: Tensor, k: int, bf16: bool = False) 
     if bf16:
         values, columns = largest(product16(x.bfloat16(), W.bfloat16(), b), k)
         return values.to(x.dtype), columns
-    if x.dtype == torch.float32 and 4 * k <= n and x.numel() * n > 1 << 28 and bf16_is_fast(x.device.type):
+    if x.dtype == torch.float32 and 4 * k <= n and x.shape[1] >= NARROW and bf16_is_fast(x.device.type):
         return certified(x, W, b, k)
     return largest(torch.addmm(b, x, W.T, out=workspace((len(x), n), x.dtype, x.device)), k)
 
