@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SWEEP ?= sweeps/laptop.toml
+# threads that wait without spinning: otherwise a second busy process makes everything several times slower
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: run test lab bench lint interop
 
