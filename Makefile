@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SWEEP ?= sweeps/laptop.toml
+ENGINE ?= local
 # threads that wait without spinning: otherwise a second busy process makes everything several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: run test lab bench lint interop
 
 run: $(VENV)/ready
-	$(BIN)/python -m sae_utils.sweep $(SWEEP)
+	$(BIN)/python -m sae_utils.sweep $(SWEEP) --engine $(ENGINE)
 
 test: lint $(VENV)/optional
 	$(BIN)/python -m pytest
@@ -41,7 +42,7 @@ $(VENV)/ready: requirements.txt pyproject.toml
 
 # what only some of the tests need
 $(VENV)/optional: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[triton]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[triton,ray]"
 	touch $@
 
 .venv-interop/ready: tests/interop/requirements.txt

@@ -27,9 +27,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Append the tier's parameters to each cell tagged `parameters`; deselect (and count) what needs a GPU, or Triton,
-    where there is none."""
-    here = {"cuda": torch.cuda.is_available(), "triton": find_spec("triton") is not None}
+    """Append the tier's parameters to each cell tagged `parameters`; deselect (and count) what needs a GPU, Triton or
+    Ray where there is none."""
+    here = {"cuda": torch.cuda.is_available()} | {name: find_spec(name) is not None for name in ("triton", "ray")}
     absent = [marker for marker in here if not here[marker]]
     if deselected := [item for item in items if any(map(item.get_closest_marker, absent))]:
         config.hook.pytest_deselected(items=deselected)

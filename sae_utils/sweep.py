@@ -1,7 +1,7 @@
 """Executing notebooks with papermill: one run, the runs another one needs, and whole sweeps.
 
     python -m sae_utils.sweep run NOTEBOOK [-p name value]...
-    python -m sae_utils.sweep SWEEP.toml [--engine local] [--list] [--dry-run] [--shard i/n] [--keep-stale]
+    python -m sae_utils.sweep SWEEP.toml [--engine local|ray] [--list] [--dry-run] [--shard i/n] [--keep-stale]
 
 A sweep is a TOML file: a `[shared]` table, applied to every notebook that declares the name, then one table per notebook
 (`[01_train_topk]`) in the order of execution; an empty table is one run with the defaults. A list where the notebook
@@ -15,6 +15,7 @@ to execute.
 import argparse
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -268,25 +269,66 @@ def state(name: str, params: dict) -> str:
     return f"stale ({why})" if why else "finished" if found else "missing"
 
 
-def sweep(plan, keep_stale: bool = False) -> int:
-    """Execute the planned runs one after the other; returns how many failed, after a table and the failures in full."""
-    rows, failures = [], []
-    for i, (name, params) in enumerate(plan, start=1):
-        start, there = time.monotonic(), state(name, params) == "finished"
-        try:
-            done = run(name, params, keep_stale=keep_stale, needs_saes=False)
-            rows.append((label(name, params), f"{done.manifest['wall_seconds'] / 60:.1f}", key_metrics(done), done.dir))
-            outcome = "found" if there else "done"
-        except Exception as error:
-            failures.append(str(error) if isinstance(error, RunFailed) else f"{label(name, params)} failed: {error!r}")
-            outcome = "FAILED"
-        minutes = (time.monotonic() - start) / 60
-        print(f"[{i}/{len(plan)}] {label(name, params)}: {outcome}, {minutes:.1f} min", flush=True)
+def sweep(plan, keep_stale: bool = False, engine: str = "local", gpus: float = 1.0) -> int:
+    """Execute the planned runs; returns how many failed, after a table and the failures in full.
+
+    engine: "local", one after the other, or "ray", as many at once as there are resources for (`gpus` each).
+    """
+    rows, failures = {}, {}
+    attempts = on_ray(plan, keep_stale, gpus) if engine == "ray" else map(attempt, plan, itertools.repeat(keep_stale))
+    for ended, (name, params, error, outcome, minutes) in enumerate(attempts, start=1):
+        at = plan.index((name, params))
+        if error:
+            failures[at] = error
+        else:
+            done = runs.find_run(name, params, needs_saes=False)
+            rows[at] = label(name, params), f"{done.manifest['wall_seconds'] / 60:.1f}", key_metrics(done), done.dir
+        print(f"[{ended}/{len(plan)}] {label(name, params)}: {outcome}, {minutes:.1f} min", flush=True)
     print()
-    print_table([("run", "minutes", "metrics", "directory"), *rows])
-    for failure in failures:
-        print(f"\n{failure}", file=sys.stderr)
+    print_table([("run", "minutes", "metrics", "directory"), *(rows[at] for at in sorted(rows))])
+    for at in sorted(failures):
+        print(f"\n{failures[at]}", file=sys.stderr)
     return len(failures)
+
+
+def attempt(planned_run: tuple[str, dict], keep_stale: bool):
+    """One run of a sweep: (name, params, error or "", outcome in a word, minutes). Raises nothing."""
+    name, params = planned_run
+    start, there = time.monotonic(), state(name, params) == "finished"
+    error = ""
+    try:
+        run(name, params, keep_stale=keep_stale, needs_saes=False)
+    except Exception as raised:
+        error = str(raised) if isinstance(raised, RunFailed) else f"{label(name, params)} failed: {raised!r}"
+    outcome = "FAILED" if error else "found" if there else "done"
+    return name, params, error, outcome, (time.monotonic() - start) / 60
+
+
+def on_ray(plan, keep_stale: bool, gpus: float):
+    """`attempt` for every planned run, in workers of Ray: those of this machine, or of the cluster at `$RAY_ADDRESS`.
+
+    Yields what `attempt` returns, as runs end. A run takes one CPU core, and a share `gpus` of a GPU where there is one.
+    The cluster's machines need the repository and `outputs/` at the same path (a shared file system).
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--engine ray needs Ray: pip install -e '.[ray]'") from None
+    ours = {key: value for key, value in os.environ.items() if key.startswith(("SAE_UTILS_", "HF_", "OMP_WAIT"))}
+    ray.init(runtime_env={"env_vars": ours}, include_dashboard=False, logging_level="ERROR")
+    try:
+        gpus = gpus if ray.cluster_resources().get("GPU") else 0  # asking for what is not there would wait for ever
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(attempt)
+        running = {remote.remote(planned_run, keep_stale): planned_run for planned_run in plan}
+        while running:
+            (ended,), _ = ray.wait(list(running))
+            name, params = running.pop(ended)
+            try:
+                yield ray.get(ended)
+            except ray.exceptions.RayError as error:  # a worker that died
+                yield name, params, f"{label(name, params)} failed: {error}", "FAILED", math.nan
+    finally:
+        ray.shutdown()
 
 
 def key_metrics(done: Run, n: int = 3) -> str:
@@ -330,7 +372,8 @@ def main(argv=None) -> int:
         prog="python -m sae_utils.sweep", description="Execute the runs of a sweep file. One run: `run NOTEBOOK`."
     )
     many.add_argument("sweep", metavar="SWEEP.toml")
-    many.add_argument("--engine", choices=["local"], default="local")
+    many.add_argument("--engine", choices=["local", "ray"], default="local")
+    many.add_argument("--gpus", type=float, default=1.0, help="share of a GPU for each run (engine ray)")
     many.add_argument("--list", action="store_true", help="show the planned runs and their state")
     many.add_argument("--dry-run", action="store_true", help="check all parameters and show what would be executed")
     many.add_argument(
@@ -356,7 +399,7 @@ def main(argv=None) -> int:
             print_table(shown or [("nothing to do",)])
             return 0
         os.environ[TIER] = str(Path(args.sweep).resolve())
-        return 1 if sweep(plan, args.keep_stale) else 0
+        return 1 if sweep(plan, args.keep_stale, args.engine, args.gpus) else 0
     except RunFailed as error:
         print(f"\n{error}", file=sys.stderr)
         return 1

@@ -326,3 +326,28 @@ def test_key_metrics_are_those_listed_or_the_first_numbers(tmp_path):
     assert sweep.key_metrics(run) == "a=1 d=0.1235 e=3"
     (tmp_path / "metrics.json").write_text(json.dumps(metrics | {"key": ["f", "a"]}))
     assert sweep.key_metrics(run) == "f=4 a=1"
+
+
+@pytest.mark.ray
+def test_ray_executes_two_at_once_and_goes_on_after_failures(notebook, tmp_path, log, monkeypatch, capfd):
+    clock = "import time; open(run.dir.parents[1] / 'clock', 'a').write(f'{seed} {time.time()}\\n')"
+    notebook(
+        "slow",
+        clock,
+        "import os, time; time.sleep(3)",
+        "assert seed != 2, 'two is too many'",
+        "if seed == 3: os._exit(1)",
+        clock,
+    )
+    path = toml(tmp_path, "[slow]\nseed = [0, 1, 2, 3]\n")
+    assert main(path, "--engine", "ray") == 1
+    printed = capfd.readouterr()
+    assert "two is too many" in printed.err and printed.out.count("FAILED") == 2 and printed.out.count(": done") == 2
+    times = [line.split() for line in (tmp_path / "runs" / "clock").read_text().splitlines()]
+    first = {seed: min(float(t) for s, t in times if s == seed) for seed in "0123"}
+    last = {seed: max(float(t) for s, t in times if s == seed) for seed in "01"}
+    assert max(first["0"], first["1"]) < min(last.values()), "the first two did not overlap"
+    assert main(path, "--engine", "ray") == 1
+    assert sorted(log()) == sorted(["slow 8 0", "slow 8 1", *2 * ["slow 8 2"], *2 * ["slow 8 3"]]), (
+        "finished runs were repeated"
+    )
