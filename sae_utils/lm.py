@@ -124,11 +124,12 @@ def run_prefix(lm, tokens: Tensor, hook_names: list[str]) -> dict[str, Tensor]:
     return {name: found[name].flatten(2) for name in hook_names}
 
 
-def run_spliced(lm, tokens: Tensor, hook_name: str, replace) -> Tensor:
+def run_spliced(lm, tokens: Tensor, hook_name: str, replace, hooks=()) -> Tensor:
     """Logits [batch, n_ctx, d_vocab] with the activation at the hook replaced.
 
     replace: a tensor [batch, n_ctx, d_in], or a function from the clean activation of that shape to its replacement.
     Gradients flow through the replacement if it needs them. With a tensor at a residual hook only the layers after it run.
+    hooks: further pairs (name, function of activation and hook), called after the splice.
     """
     check_hook(lm, hook_name)
     check_tokens(lm, tokens)
@@ -140,7 +141,7 @@ def run_spliced(lm, tokens: Tensor, hook_name: str, replace) -> Tensor:
     residual = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
     n_idle = int(residual[1]) + (residual[2] == "post") if residual and not callable(replace) else 0
     with idle(lm, n_idle):
-        return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, splice)])
+        return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, splice), *hooks])
 
 
 @contextlib.contextmanager

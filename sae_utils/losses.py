@@ -1,7 +1,8 @@
 """Objectives: functions (sae, batch) → dict of scalars, of which "loss" is minimised and the rest is logged.
 
 `batch` is a dict with `x` [..., d_in] and what else the stream gives (`grad`, `tokens`, `position`, `progress`); a bare tensor
-is taken as x. Settings are bound by `functools.partial`.
+is taken as x. Settings are bound by `functools.partial`. `distance(x, x_hat)` is what an objective makes small beside its
+sparsity: the batch FVU, in whose place `sae_utils.end_to_end` puts what the language model makes of x̂.
 """
 
 import torch
@@ -57,12 +58,14 @@ def warmed(coefficient: float, warmup: float, batch: dict) -> float:
     return coefficient * min(1.0, batch.get("progress", 1.0) / warmup) if warmup else coefficient
 
 
-def reconstruction_loss(sae, batch, alpha: float = 1 / 32, k_aux: int | None = None) -> dict[str, Tensor]:
+def reconstruction_loss(
+    sae, batch, alpha: float = 1 / 32, k_aux: int | None = None, distance=batch_fvu
+) -> dict[str, Tensor]:
     """Batch FVU + α · AuxK: the loss of TopK SAEs. alpha = 0 leaves AuxK out."""
     batch = as_batch(batch)
     x = batch["x"]
     out = sae(x, batch.get("grad"))
-    fvu = batch_fvu(x, out.x_hat)
+    fvu = distance(x, out.x_hat)
     terms = {"loss": fvu, "fvu": fvu, "l0": l0_of(out, x.numel() // sae.d_in)}
     if alpha:
         terms["auxk"] = auxk_loss(sae, x, out.x_hat, k_aux)
@@ -70,7 +73,7 @@ def reconstruction_loss(sae, batch, alpha: float = 1 / 32, k_aux: int | None = N
     return terms
 
 
-def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05) -> dict[str, Tensor]:
+def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, distance=batch_fvu) -> dict[str, Tensor]:
     """Batch FVU + λ · mean over tokens of Σ_i f_i / σ, σ² = mean ‖x − x̄‖²: the loss of ReLU SAEs.
 
     In these units (ours) λ has no dimension: a lone latent of size f comes out as f − λσ/2, which is the shrinkage.
@@ -79,13 +82,15 @@ def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05) -> dict[
     batch = as_batch(batch)
     x = sae.rows(batch["x"])
     out = sae(x)
-    fvu = batch_fvu(x, out.x_hat)
+    fvu = distance(x, out.x_hat)
     l1 = (out.values if out.dense is None else out.dense).sum() / len(x) / spread(x).sqrt()
     loss = fvu + warmed(coefficient, warmup, batch) * l1
     return {"loss": loss, "fvu": fvu, "l1": l1, "l0": l0_of(out, len(x))}
 
 
-def gated_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, frozen: bool = True) -> dict[str, Tensor]:
+def gated_loss(
+    sae, batch, coefficient: float = 0.1, warmup: float = 0.05, frozen: bool = True, distance=batch_fvu
+) -> dict[str, Tensor]:
     """FVU(x̂) + λ · mean Σ_i relu(π_i) / σ + FVU(x̂_gate): the three terms of arXiv 2404.16014, eq. 8, over mean ‖x − x̄‖².
 
     x̂_gate = relu(π) sg(W_dec) + sg(b_dec): the gate alone has to reconstruct, through a decoder that it cannot move. Its
@@ -97,20 +102,29 @@ def gated_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, froze
     gate = out.extra["gate"]
     W_dec, b_dec = (sae.W_dec.detach(), sae.b_dec.detach()) if frozen else (sae.W_dec, sae.b_dec)
     from_gate = gate @ W_dec if out.active is None else sparse_decode(gate, out.active, W_dec)
-    fvu, aux = batch_fvu(x, out.x_hat), batch_fvu(x, from_gate + b_dec)
+    fvu, aux = distance(x, out.x_hat), distance(x, from_gate + b_dec)
     l1 = gate.sum() / len(x) / spread(x).sqrt()
     loss = fvu + warmed(coefficient, warmup, batch) * l1 + aux
     return {"loss": loss, "fvu": fvu, "l1": l1, "aux": aux, "l0": l0_of(out, len(x))}
 
 
 def jumprelu_loss(
-    sae, batch, coefficient: float = 0.01, target_l0: float | None = None, warmup: float = 0.05
+    sae, batch, coefficient: float = 0.01, target_l0: float | None = None, warmup: float = 0.05, distance=batch_fvu
 ) -> dict[str, Tensor]:
     """FVU + λ · L0, or with a target FVU + λ (L0 / target − 1)² (arXiv 2407.14435; L0 per token, its gradient the smeared step's)."""
     batch = as_batch(batch)
     x = sae.rows(batch["x"])
     out = sae(x)
-    fvu = batch_fvu(x, out.x_hat)
+    fvu = distance(x, out.x_hat)
     l0 = out.extra["step"].sum(1).mean()
     penalty = l0 if target_l0 is None else (l0 / target_l0 - 1).square()
     return {"loss": fvu + warmed(coefficient, warmup, batch) * penalty, "fvu": fvu, "l0": l0}
+
+
+def __getattr__(name):
+    """The end-to-end objectives stand in a module of their own: they need the language model, on which nothing here depends."""
+    if name in ("e2e_loss", "e2e_downstream_loss"):
+        from . import end_to_end
+
+        return getattr(end_to_end, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

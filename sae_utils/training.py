@@ -95,7 +95,7 @@ def train(
             if not scales:
                 for name, (sae, _) in jobs.items():
                     if step == 0:
-                        sae.initialise(rows := sae.rows(x))
+                        sae.initialise(rows := sae.rows(x if x.ndim < 3 else x[:, 1:]))  # position 0 is an outlier
                         sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
                     scales[name] = sae.x_scale.item()
             factor = min(1, (step + 1) / max(warmup, 1), (n_steps - step) / max(decay * n_steps, 1))
@@ -265,7 +265,8 @@ def on_coefficient(sae, objective, l0: float | None) -> str:
 def describe(objective) -> str:
     """Name and bound settings of an objective, the same in every process."""
     if isinstance(objective, functools.partial):
-        return f"{describe(objective.func)}{objective.args}{sorted(objective.keywords.items())}"
+        bound = {key: describe(v) if callable(v) else v for key, v in objective.keywords.items()}
+        return f"{describe(objective.func)}{objective.args}{sorted(bound.items())}"
     return getattr(objective, "__qualname__", type(objective).__name__)
 
 

@@ -80,7 +80,7 @@ def rows():
 
 
 def constant(vector):
-    return lambda x: SAEOutput(vector.expand_as(x), dense=torch.zeros(x.shape[:-1].numel(), 1), d_sae=1)
+    return lambda x: SAEOutput(vector.expand_as(x), dense=torch.zeros(x.shape[:-1].numel(), 1))
 
 
 def test_evaluate_at_its_fixed_points(tiny_gpt2, rows):
@@ -88,7 +88,7 @@ def test_evaluate_at_its_fixed_points(tiny_gpt2, rows):
     from sae_utils.lm import run_prefix, token_loss
 
     x = run_prefix(tiny_gpt2, torch.from_numpy(rows.astype("int64")), [HOOK])[HOOK]
-    identity = lambda x: SAEOutput(x, dense=torch.ones(x.shape[:-1].numel(), 3), d_sae=3)  # noqa: E731
+    identity = lambda x: SAEOutput(x, dense=torch.ones(x.shape[:-1].numel(), 3))  # noqa: E731
     results = evaluate(
         {"identity": identity, "zero": constant(torch.zeros(x.shape[-1])), "mean": constant(x[:, 1:].mean((0, 1)))},
         tiny_gpt2, rows, HOOK, batch_rows=4,
@@ -110,7 +110,7 @@ def test_position_0_is_left_clean(tiny_gpt2, rows):
 
     def spy(x):
         seen.append(x.shape[1])
-        return SAEOutput(x, dense=torch.ones(x.shape[:-1].numel(), 1), d_sae=1)
+        return SAEOutput(x, dense=torch.ones(x.shape[:-1].numel(), 1))
 
     evaluate(spy, tiny_gpt2, rows, HOOK)
     assert set(seen) == {15}
