@@ -11,14 +11,13 @@ Only the layers after the hook run: forward for the clean model, once a batch fo
 """
 
 import contextlib
-import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .activations import weights_hash
-from .lm import AllFound, check_hook, run_spliced
+from .lm import AllFound, check_hook, later_layers, run_spliced
 from .losses import batch_fvu, reconstruction_loss
 
 AT_ONCE = 2**24  # entries of [tokens, d_vocab] that exist at a time: 64 MiB in fp32
@@ -50,9 +49,7 @@ class Suffix:
         if any(p.requires_grad for p in lm.parameters()) or lm.training:
             raise ValueError("the language model has to stay as it is: call lm.eval().requires_grad_(False) first")
         self.lm, self.hook_name = lm, hook_name
-        at = re.match(r"blocks\.(\d+)\.(.*)", hook_name)
-        first = int(at[1]) + (2 if at[2] == "hook_resid_post" else 1) if at else lm.cfg.n_layers
-        self.later = [f"blocks.{layer}.hook_resid_pre" for layer in range(first, lm.cfg.n_layers)]
+        self.later = later_layers(lm, hook_name)
         self.kept: Clean | None = None
         self.check_unembedding()
 

@@ -144,6 +144,13 @@ def run_spliced(lm, tokens: Tensor, hook_name: str, replace, hooks=()) -> Tensor
         return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, splice), *hooks])
 
 
+def later_layers(lm, hook_name: str) -> list[str]:
+    """resid_pre of the layers after a hook; not the hook itself under another name, and not the final resid_post."""
+    at = re.match(r"blocks\.(\d+)\.(.*)", hook_name)
+    first = int(at[1]) + (2 if at[2] == "hook_resid_post" else 1) if at else lm.cfg.n_layers
+    return [f"blocks.{layer}.hook_resid_pre" for layer in range(first, lm.cfg.n_layers)]
+
+
 @contextlib.contextmanager
 def idle(lm, n_blocks: int):
     """Make the first blocks hand on the residual stream as they get it; their hooks still see it.

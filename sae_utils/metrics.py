@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .lm import run_prefix, run_spliced, token_loss
+from .lm import later_layers, run_prefix, run_spliced, token_loss
 
 
 class ReconstructionSums:
@@ -82,7 +82,7 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
     ce_clean, ce_sae, ce_zero, ce_mean: cross-entropy with the activation at positions ≥ 1 left alone, replaced by x̂, by
     zero, by its mean over these tokens; position 0 stays clean. Mean over predictions made at positions ≥ 1.
     ce_recovered_zero, ce_recovered_mean: `ce_recovered` against the two ablations (zero as in arXiv 2404.16014).
-    kl: KL(orig ‖ new) of the predictions, mean over positions ≥ 1.
+    ce_increase: ce_sae − ce_clean. kl: KL(orig ‖ new) of the predictions, mean over positions ≥ 1.
     densities: a dict that receives density [d_sae] under each name ("" for a single SAE).
     """
     saes = sae if isinstance(sae, dict) else {"": sae}
@@ -122,6 +122,7 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
     results = {}
     for name in saes:
         result = sums[name].result() | {"ce_clean": ce["clean"], "ce_sae": ce[f"ce/{name}"]}
+        result["ce_increase"] = result["ce_sae"] - ce["clean"]
         result |= {"ce_zero": ce["zero"], "ce_mean": ce["mean"], "kl": ce[f"kl/{name}"]}
         for ablation in ("zero", "mean"):
             result[f"ce_recovered_{ablation}"] = ce_recovered(result["ce_sae"], ce["clean"], ce[ablation])
@@ -129,3 +130,62 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
         if densities is not None:
             densities[name] = sums[name].density().float().cpu()
     return results[""] if "" in saes else results
+
+
+@torch.no_grad()
+def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
+    """What x̂, spliced in at positions ≥ 1, does to the layers after the hook; one SAE, or several (`{"name": sae}`).
+
+    Returns, or maps each name to, a dict:
+    downstream_fvu: {hook: Σ‖r − r_new‖² / Σ‖r − r̄‖²}, sums over positions ≥ 1 of all rows: at hook_name itself, at resid_pre of
+    every later layer, and at the final resid_post.
+    norm_ratio: mean over tokens of ‖x̂‖ / ‖x‖ at positions ≥ 1; norm_ratio_first: the same at position 0, which is an outlier in
+    most models and which the SAE does not see in training.
+    """
+    saes = sae if isinstance(sae, dict) else {"": sae}
+    hooks = [hook_name, *later_layers(lm, hook_name), f"blocks.{lm.cfg.n_layers - 1}.hook_resid_post"]
+    hooks = list(dict.fromkeys(hooks))
+    errors = {name: dict.fromkeys(hooks, 0.0) for name in saes}
+    norms = {name: torch.zeros(2, dtype=torch.double) for name in saes}  # of position 0, of the others
+    n, total, squares = 0, dict.fromkeys(hooks, 0.0), dict.fromkeys(hooks, 0.0)
+    for i in range(0, len(rows), batch_rows):
+        tokens = torch.from_numpy(rows[i : i + batch_rows].astype("int64")).to(lm.cfg.device)
+        clean = run_prefix(lm, tokens, hooks)
+        x = clean[hook_name].float()
+        n += tokens[:, 1:].numel()
+        for hook in hooks:
+            r = clean[hook][:, 1:].flatten(0, 1).double()
+            total[hook], squares[hook] = total[hook] + r.sum(0), squares[hook] + r.square().sum()
+        for name, one in saes.items():
+            x_hat, new = one(x).x_hat, {}
+            ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)
+            norms[name] += torch.stack([ratio[:, 0].sum(), ratio[:, 1:].sum()]).double().cpu()
+            spliced = torch.cat([x[:, :1], x_hat[:, 1:]], 1)
+            keep = [(hook, lambda r, hook, at=hook: new.__setitem__(at, r.flatten(2))) for hook in hooks]
+            run_spliced(lm, tokens, hook_name, spliced, hooks=keep)
+            for hook in hooks:
+                errors[name][hook] += (clean[hook] - new[hook])[:, 1:].double().square().sum()
+    results = {}
+    for name in saes:
+        fvu = {h: float(errors[name][h] / (squares[h] - total[h].square().sum() / n)) for h in hooks}
+        first, others = (norms[name] / torch.tensor([len(rows), n])).tolist()
+        results[name] = {"downstream_fvu": fvu, "norm_ratio": others, "norm_ratio_first": first}
+    return results[""] if "" in saes else results
+
+
+@torch.no_grad()
+def alive_latents(sae, batches, window: int) -> int:
+    """How many latents are active on at least one of the first `window` tokens of `batches`, by the inference rule.
+
+    batches: tensors [..., d_in] or batch dicts. The count grows with the window: say which (arXiv 2405.12241: 500,000).
+    Raises ValueError if the stream ends before.
+    """
+    fired, left = None, window
+    for batch in batches:
+        x = batch["x"] if isinstance(batch, dict) else batch
+        x = x.reshape(-1, x.shape[-1])[:left].to(sae.W_dec.device)
+        now = (sae.encode(x) > 0).any(0)
+        fired, left = now if fired is None else fired | now, left - len(x)
+        if not left:
+            return int(fired.sum())
+    raise ValueError(f"window={window:,}: the stream ended {left:,} tokens before")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae_utils import TopKSAE, evaluate
-from sae_utils.metrics import ReconstructionSums, ce_recovered, kl_divergence
+from sae_utils.metrics import ReconstructionSums, alive_latents, ce_recovered, evaluate_downstream, kl_divergence
 from sae_utils.sae import SAEOutput
 
 
@@ -102,6 +102,7 @@ def test_evaluate_at_its_fixed_points(tiny_gpt2, rows):
     tokens = torch.from_numpy(rows.astype("int64"))
     clean = token_loss(tiny_gpt2(tokens), tokens)[:, 1:].mean().item()
     assert results["zero"]["ce_clean"] == pytest.approx(clean, rel=1e-5)
+    assert results["zero"]["ce_increase"] == pytest.approx(results["zero"]["ce_zero"] - clean, rel=1e-4)
 
 
 def test_position_0_is_left_clean(tiny_gpt2, rows):
@@ -124,3 +125,61 @@ def test_one_sae_several_and_densities(tiny_gpt2, rows):
     assert one == evaluate({"a": sae}, tiny_gpt2, rows, HOOK)["a"]
     assert densities[""].sum().item() == pytest.approx(one["l0"], rel=1e-6)
     assert one["dead_fraction"] == (densities[""] == 0).float().mean().item()
+
+
+def test_downstream_error_and_norm_ratios_at_their_fixed_points(tiny_gpt2, rows):
+    """x itself has no error anywhere; the mean has FVU 1 at the hook; half of x has a quarter of its square and norm ratio ½."""
+    from sae_utils.lm import run_prefix
+
+    tokens = torch.from_numpy(rows.astype("int64"))
+    x = run_prefix(tiny_gpt2, tokens, [HOOK])[HOOK]
+    results = evaluate_downstream(
+        {
+            "identity": lambda x: SAEOutput(x),
+            "mean": constant(x[:, 1:].mean((0, 1))),
+            "half": lambda x: SAEOutput(torch.cat([3 * x[:, :1], 0.5 * x[:, 1:]], 1)),  # position 0 is not spliced in
+        },
+        tiny_gpt2, rows, HOOK, batch_rows=4,
+    )  # fmt: skip
+    hooks = [HOOK, "blocks.2.hook_resid_pre", "blocks.2.hook_resid_post"]
+    assert all(list(result["downstream_fvu"]) == hooks for result in results.values())
+    assert results["identity"]["downstream_fvu"] == pytest.approx(dict.fromkeys(hooks, 0), abs=1e-10)
+    assert results["identity"]["norm_ratio"] == pytest.approx(1) == results["identity"]["norm_ratio_first"]
+    assert results["mean"]["downstream_fvu"][HOOK] == pytest.approx(1, rel=1e-5)
+    assert results["half"]["norm_ratio"] == pytest.approx(0.5) and results["half"]["norm_ratio_first"] == pytest.approx(
+        3
+    )
+    kept = x[:, 1:].flatten(0, 1)
+    quarter = (0.25 * kept.square().sum() / (kept - kept.mean(0)).square().sum()).item()
+    assert results["half"]["downstream_fvu"][HOOK] == pytest.approx(quarter, rel=1e-4)
+
+
+def test_downstream_error_against_hugging_face_by_hand(tiny_gpt2, rows):
+    """At the later layer: run the second layer ourselves on x and on the zeros that an SAE of nothing gives."""
+    from sae_utils.lm import run_prefix
+
+    tokens = torch.from_numpy(rows.astype("int64"))
+    x = run_prefix(tiny_gpt2, tokens, [HOOK])[HOOK]
+    layer = tiny_gpt2.original_model.transformer.h[1]
+    with torch.no_grad():
+        clean, new = (
+            layer(h)[:, 1:] if torch.is_tensor(layer(h)) else layer(h)[0][:, 1:] for h in (x, spliced_zero(x))
+        )
+    fvu = ((clean - new).square().sum() / (clean - clean.mean((0, 1))).square().sum()).item()
+    result = evaluate_downstream(constant(torch.zeros(x.shape[-1])), tiny_gpt2, rows, HOOK)
+    assert result["downstream_fvu"]["blocks.2.hook_resid_pre"] == pytest.approx(fvu, rel=1e-4)
+
+
+def spliced_zero(x):
+    return torch.cat([x[:, :1], torch.zeros_like(x[:, 1:])], 1)
+
+
+def test_alive_latents_by_hand():
+    """Latent 0 reads x₀, latent 1 −x₀: the window decides whether the only negative token, the fourth, is seen."""
+    sae = TopKSAE(1, 2, k=1)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, -1.0]]))
+    batches = [torch.tensor([[1.0], [2.0]]), {"x": torch.tensor([[3.0], [-1.0]])}]
+    assert alive_latents(sae, batches, 3) == 1 and alive_latents(sae, batches, 4) == 2
+    with pytest.raises(ValueError, match="window=5: the stream ended 1 tokens before"):
+        alive_latents(sae, batches, 5)
