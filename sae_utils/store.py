@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from . import sae as architectures
 from .files import read_json, replacing
 
-WEIGHTS = {  # by SAELens architecture; one that it does not know gets a name that it refuses
+WEIGHTS = {  # by SAELens architecture; an SAE of any other architecture is saved with all its parameters, and SAELens refuses it
     "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
     "standard": ("W_enc", "b_enc", "W_dec", "b_dec"),
     "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
-    "sae_utils_gated_untied": ("W_enc", "W_mag", "W_dec", "b_dec", "b_gate", "b_mag"),
 }
 FOREIGN = {
     "topk": lambda cfg: architectures.TopKSAE(cfg["d_in"], cfg["d_sae"], cfg.get("k", 100)),
@@ -40,7 +39,7 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
     is_sae = (path / "cfg.json").exists() and (path / "sae_weights.safetensors").exists()
     if path.exists() and not is_sae and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists and is no SAE directory: it is not overwritten")
-    names = WEIGHTS[sae.architecture]
+    names = WEIGHTS.get(sae.architecture) or [name for name, _ in sae.named_parameters()]
     state = {key: value.detach().cpu().contiguous() for key, value in sae.state_dict().items()}
     cfg = {
         "architecture": sae.architecture,
@@ -80,7 +79,7 @@ def load_sae(path, device: str = "cpu"):
         state = load_file(path / "sae_weights.safetensors")
         metadata = cfg.get("metadata", {})
         ours = None if "sae_lens_training_version" in metadata else metadata.get("sae_utils")  # SAELens adds that key
-        sae = getattr(architectures, ours["class"])(**ours["arguments"]) if ours else foreign(cfg)
+        sae = class_named(ours["class"])(**ours["arguments"]) if ours else foreign(cfg)
         if ours:
             if not (extra := path / "sae_utils_state.safetensors").exists():
                 raise ValueError(f"{extra.name} is missing")
@@ -95,6 +94,17 @@ def load_sae(path, device: str = "cpu"):
     except (SafetensorError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole SAE directory: {error}") from None
     return sae.to(device).eval()
+
+
+def class_named(name: str) -> type:
+    """The SAE class of this name, here or wherever one was defined; ValueError if there is none (yet)."""
+    classes = [architectures.SAE]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    found = {cls.__name__: cls for cls in classes}  # of two with one name the one defined last
+    if name not in found:
+        raise ValueError(f"it was saved by the class {name}: import the module that defines it first")
+    return found[name]
 
 
 def foreign(cfg: dict):
