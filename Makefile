@@ -22,6 +22,7 @@ lab: $(VENV)/ready
 # the public libraries are measured beside ours where `make interop` has installed them
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/e2e.py
 	PYTHONPATH=. $(firstword $(wildcard .venv-interop/bin/python) $(BIN)/python) benchmarks/step.py
 
 interop: .venv-interop/ready
