@@ -21,7 +21,7 @@ from .lm import AllFound, check_hook, later_layers, run_spliced
 from .losses import batch_fvu, reconstruction_loss
 
 AT_ONCE = 2**24  # entries of [tokens, d_vocab] that exist at a time: 64 MiB in fp32
-KEPT = 2**26  # clean log-probabilities of a batch are kept for the next SAE if they are no more than this
+KEPT = 2**26  # clean probabilities of a batch are kept for the next SAE if they are no more than this
 
 
 class Clean(NamedTuple):
@@ -30,7 +30,7 @@ class Clean(NamedTuple):
     x: Tensor  # [rows, n_ctx, d_in], as the batch holds it
     tokens: Tensor  # [rows, n_ctx]
     last: Tensor  # [tokens, d_model], what is unembedded, positions ≥ 1
-    log_p: list[Tensor] | None  # log-probabilities by chunks of tokens, or None where they would be too large to keep
+    p: list[tuple[Tensor, Tensor]] | None  # `probabilities` by chunks of tokens, or None where too large to keep
     later: dict[str, Tensor]  # resid_pre of the later layers, [rows, n_ctx − 1, d_model]
 
 
@@ -101,8 +101,8 @@ class Suffix:
             tokens = tokens.to(x.device)
             last, later = self.run(tokens, x, self.later)
             small = len(last) * self.lm.cfg.d_vocab <= KEPT
-            log_p = [log_softmax(self.logits(part)) for part in self.chunks(last)] if small else None
-            self.kept = Clean(x, tokens, last, log_p, later)
+            p = [probabilities(self.logits(part)) for part in self.chunks(last)] if small else None
+            self.kept = Clean(x, tokens, last, p, later)
         return self.kept
 
     def chunks(self, last: Tensor) -> tuple[Tensor, ...]:
@@ -117,6 +117,13 @@ def log_softmax(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
+def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """p [tokens, d_vocab], and Σ_v p log p [tokens]."""
+    log_p = log_softmax(logits)
+    p = log_p.exp()
+    return p, torch.linalg.vecdot(p, log_p)
+
+
 class KLOrigNew(torch.autograd.Function):
     """KL(orig ‖ new) in chunks of tokens. Its gradient by the new logits, (p_new − p_orig)/tokens, is at hand in the forward
     and goes through the unembedding there, so that no chunk outlives its turn."""
@@ -124,20 +131,18 @@ class KLOrigNew(torch.autograd.Function):
     @staticmethod
     def forward(ctx, last: Tensor, clean: Clean, suffix: Suffix) -> Tensor:
         total, gradient = 0.0, []
-        log_ps = clean.log_p or suffix.chunks(clean.last)
-        for part, log_p in zip(suffix.chunks(last), log_ps):
-            if clean.log_p is None:
-                log_p = log_softmax(suffix.logits(log_p))
+        for part, known in zip(suffix.chunks(last), clean.p or suffix.chunks(clean.last)):
+            p, p_log_p = known if clean.p else probabilities(suffix.logits(known))
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 logits = suffix.logits(part)
-            log_q, p = log_softmax(logits.detach()), log_p.exp()
-            total = total + p.flatten() @ (log_p - log_q).flatten()
+            log_q = log_softmax(logits.detach())
+            total = total + (p_log_p - torch.linalg.vecdot(p, log_q)).sum()
             if ctx.needs_input_grad[0]:
-                by_logits = log_q.exp_().sub_(p).div_(len(last))
+                by_logits = log_q.exp_().sub_(p)
                 gradient += torch.autograd.grad(logits, part, by_logits.to(logits.dtype))
         if gradient:
-            ctx.save_for_backward(torch.cat(gradient))
+            ctx.save_for_backward(torch.cat(gradient) / len(last))
         return total / len(last)
 
     @staticmethod

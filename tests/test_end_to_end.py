@@ -61,7 +61,7 @@ def whole(lm, batch, x_hat, hook=HOOK):
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
 @pytest.mark.parametrize("large", [False, True])
 def test_values_and_gradients_are_those_of_the_whole_model(family, large, request, monkeypatch):
-    """Also where the vocabulary is taken in chunks of five tokens and no clean log-probability is kept."""
+    """Also where the vocabulary is taken in chunks of five tokens and no clean probability is kept."""
     if large:
         monkeypatch.setattr(end_to_end, "AT_ONCE", 5 * 300)
         monkeypatch.setattr(end_to_end, "KEPT", 0)
@@ -90,7 +90,7 @@ def test_the_kl_has_its_direction_and_reduction_by_hand(tiny_gpt2):
     q = torch.tensor([[0.25, 0.75], [0.25, 0.75]])
 
     def kl(p, q):
-        return suffix.kl(end_to_end.Clean(None, None, p.log(), [p.log()], {}), q.log()).item()
+        return suffix.kl(end_to_end.Clean(None, None, p.log(), [end_to_end.probabilities(p.log())], {}), q.log()).item()
 
     orig_new = (0.5 * math.log(2) + 0.5 * math.log(2 / 3) + 0.75 * math.log(3) + 0.25 * math.log(1 / 3)) / 2
     new_orig = (0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2) + 0.25 * math.log(1 / 3) + 0.75 * math.log(3)) / 2
@@ -106,7 +106,7 @@ def test_gradcheck_of_the_kl(tiny_gpt2, monkeypatch):
     suffix = Suffix(tiny_gpt2, HOOK)
     suffix.logits = lambda last: last @ W
     clean, new = torch.randn(2, 5, 3, generator=generator, dtype=torch.double)
-    for kept in (None, [end_to_end.log_softmax(part @ W) for part in suffix.chunks(clean)]):
+    for kept in (None, [end_to_end.probabilities(part @ W) for part in suffix.chunks(clean)]):
         about = end_to_end.Clean(None, None, clean, kept, {})
         torch.autograd.gradcheck(lambda last: 2 * suffix.kl(about, last), new.requires_grad_())
 
@@ -139,7 +139,7 @@ def test_x_itself_costs_nothing_and_position_0_stays_clean(tiny_gpt2):
     batch, suffix = batch_of(tiny_gpt2), Suffix(tiny_gpt2, HOOK)
     clean = suffix.clean(batch)
     last, _ = suffix.run(clean.tokens, batch["x"], [])
-    assert suffix.kl(clean, last).abs() < 1e-6
+    assert suffix.kl(clean, last).abs() < 1e-5
     seen = []
 
     def local(sae, batch, distance):
@@ -147,7 +147,7 @@ def test_x_itself_costs_nothing_and_position_0_stays_clean(tiny_gpt2):
         return {"loss": distance(batch["x"], batch["x"].clone())}
 
     terms = e2e_downstream_loss(sae_for(tiny_gpt2), batch, suffix=suffix, local=local)
-    assert terms["kl"].abs() < 1e-6 and terms["downstream"] < 1e-10 and terms["fvu"] == 0
+    assert terms["kl"].abs() < 1e-5 and terms["downstream"] < 1e-10 and terms["fvu"] == 0
     assert torch.equal(seen[0], batch["x"][:, 1:])
 
 
