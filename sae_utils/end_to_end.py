@@ -118,10 +118,10 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """p [tokens, d_vocab], and Σ_v p log p [tokens]."""
+    """p [tokens, d_vocab], and Σ p log p over words and tokens."""
     log_p = log_softmax(logits)
     p = log_p.exp()
-    return p, torch.linalg.vecdot(p, log_p)
+    return p, p.flatten() @ log_p.flatten()
 
 
 class KLOrigNew(torch.autograd.Function):
@@ -137,7 +137,7 @@ class KLOrigNew(torch.autograd.Function):
                 part = part.detach().requires_grad_()
                 logits = suffix.logits(part)
             log_q = log_softmax(logits.detach())
-            total = total + (p_log_p - torch.linalg.vecdot(p, log_q)).sum()
+            total = total + p_log_p - p.flatten() @ log_q.flatten()
             if ctx.needs_input_grad[0]:
                 by_logits = log_q.exp_().sub_(p)
                 gradient += torch.autograd.grad(logits, part, by_logits.to(logits.dtype))
