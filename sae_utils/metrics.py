@@ -174,10 +174,10 @@ def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
 
 
 @torch.no_grad()
-def alive_latents(sae, batches, window: int) -> int:
-    """How many latents are active on at least one of the first `window` tokens of `batches`, by the inference rule.
+def alive_latents(sae, batches, window: int) -> Tensor:
+    """Which latents are active on at least one of the first `window` tokens of `batches`, by the inference rule: bool [d_sae].
 
-    batches: tensors [..., d_in] or batch dicts. The count grows with the window: say which (arXiv 2405.12241: 500,000).
+    batches: tensors [..., d_in] or batch dicts. Their number grows with the window: say which (arXiv 2405.12241: 500,000).
     Raises ValueError if the stream ends before.
     """
     fired, left = None, window
@@ -187,5 +187,5 @@ def alive_latents(sae, batches, window: int) -> int:
         now = (sae.encode(x) > 0).any(0)
         fired, left = now if fired is None else fired | now, left - len(x)
         if not left:
-            return int(fired.sum())
+            return fired
     raise ValueError(f"window={window:,}: the stream ended {left:,} tokens before")

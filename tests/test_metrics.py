@@ -180,6 +180,7 @@ def test_alive_latents_by_hand():
     with torch.no_grad():
         sae.W_enc.copy_(torch.tensor([[1.0, -1.0]]))
     batches = [torch.tensor([[1.0], [2.0]]), {"x": torch.tensor([[3.0], [-1.0]])}]
-    assert alive_latents(sae, batches, 3) == 1 and alive_latents(sae, batches, 4) == 2
+    assert alive_latents(sae, batches, 3).tolist() == [True, False]
+    assert alive_latents(sae, batches, 4).tolist() == [True, True]
     with pytest.raises(ValueError, match="window=5: the stream ended 1 tokens before"):
         alive_latents(sae, batches, 5)
