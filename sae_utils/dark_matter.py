@@ -1,13 +1,23 @@
 """What an SAE leaves unexplained, and how much of that is the encoder's fault (arXiv 2410.14670).
 
-Inference-time optimisation keeps the dictionary and replaces the encoder by a search for the best sparse code.
+Inference-time optimisation keeps the dictionary and replaces the encoder by a search for the best sparse code. Probes predict
+the error e = x − x̂ from x by least squares, and split it into a linear and a nonlinear part; beside them stand the controls,
+which are ours: what any least-squares decoder implies, Gaussian data, an untrained model, a world where every part is known.
+
+Probes read streams: an iterable, gone through more than once, of dicts with `x` [n, d_in] and `row` [n], the context of each token.
 """
 
+import copy
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, normalize
 
+from .lm import load_language_model, run_prefix, run_spliced, token_loss
 from .sae import SAEOutput
+from .sparse import sparse_decode
 
 
 @torch.no_grad()
@@ -95,3 +105,498 @@ def with_pursuit(sae, x: Tensor, method: str = "gradient") -> SAEOutput:
     values, indices = values.flatten(0, -2), indices.flatten(0, -2)
     latents = values.new_zeros(len(values), sae.d_sae).scatter_add_(1, indices, values)  # unused slots add 0
     return SAEOutput(sae.decode(latents).view(x.shape), dense=latents)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Least squares from sums
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROWS_PER_INPUT = 40
+
+
+@dataclass
+class Linear:
+    """u → u W + c; W [d_u, d_v], c [d_v]."""
+
+    W: Tensor
+    c: Tensor
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return u @ self.W.to(u.dtype) + self.c.to(u.dtype)
+
+
+class Moments:
+    """Sums in fp64 over tokens of (u, v), from which v is regressed on u; memory does not grow with tokens.
+
+    joint: keep Σ vᵀv as well, which `identity` reads.
+    """
+
+    def __init__(self, joint: bool = False):
+        self.n, self.joint, self.sums = 0, joint, None
+
+    def add(self, u: Tensor, v: Tensor) -> None:
+        """u [n, d_u], v [n, d_v]."""
+        for part_u, part_v in zip(u.split(8192), v.split(8192)):
+            both = torch.cat([part_u.double(), part_v.double()], 1)
+            left = both if self.joint else both[:, : u.shape[1]]
+            now = [both.sum(0), left.T @ both]
+            self.sums = now if self.sums is None else [a.add_(b) for a, b in zip(self.sums, now)]
+        self.n, self.d_u = self.n + len(u), u.shape[1]
+
+    def covariance(self) -> tuple[Tensor, Tensor]:
+        """Mean [d_u + d_v] and covariance over n of (u, v): its rows of u alone, or all if joint."""
+        mean = self.sums[0] / self.n
+        gram = self.sums[1] / self.n
+        return mean, gram - mean[: len(gram), None] * mean
+
+    def fit(self, rows_per_input: int = ROWS_PER_INPUT) -> Linear:
+        """argmin E‖u W + c − v‖². Raises ValueError if there are fewer than rows_per_input · d_u tokens."""
+        d, need = self.d_u if self.n else 0, rows_per_input * (self.d_u if self.n else 1)
+        if self.n < need:
+            raise ValueError(
+                f"{self.n:,} tokens to fit a probe of {d} inputs on: it wants at least {rows_per_input} for each input. "
+                f"Harvest {need:,} fitting tokens or more (and as many again, in other contexts, for the test)"
+            )
+        mean, cov = self.covariance()
+        W = solve(cov[:d, :d], cov[:d, d:])
+        return Linear(W, mean[d:] - mean[:d] @ W)
+
+
+def solve(A: Tensor, B: Tensor) -> Tensor:
+    """A⁻¹ B for a covariance A; directions without variance (1e-12 of the largest) take no part."""
+    values, vectors = torch.linalg.eigh(A)
+    inverse = torch.where(values > 1e-12 * values[-1].clamp_min(1e-300), 1 / values, 0)
+    return vectors @ (inverse[:, None] * (vectors.T @ B))
+
+
+class Scores:
+    """R² = 1 − Σ‖v − prediction‖² / Σ‖v − v̄‖² of held-out tokens, from sums kept for every context.
+
+    Pooled: both sums over coordinates as well, so that coordinates with much variance count for more.
+    """
+
+    def __init__(self):
+        self.contexts = self.coordinates = None  # [n_contexts, 3 + d]: n, ‖residual‖², ‖v‖², v; [2, d]: residual², v²
+
+    def add(self, v: Tensor, residual: Tensor, context: Tensor) -> None:
+        """v and residual = v − prediction [n, d], context [n] whole numbers ≥ 0."""
+        v, residual = v.double(), residual.double()
+        squares = torch.stack([residual.square().sum(0), v.square().sum(0)])
+        self.coordinates = squares if self.coordinates is None else self.coordinates + squares
+        size, old = int(context.max()) + 1, self.contexts
+        if old is None or len(old) < size:
+            self.contexts = v.new_zeros(size, 3 + v.shape[1])
+            if old is not None:
+                self.contexts[: len(old)] = old
+        about = [v.new_ones(len(v), 1), residual.square().sum(1, keepdim=True), v.square().sum(1, keepdim=True), v]
+        self.contexts.index_add_(0, context, torch.cat(about, 1))
+
+    def r2(self) -> float:
+        return float(self.unexplained(torch.ones(1, len(self.contexts)).to(self.contexts)).neg().add(1))
+
+    def per_coordinate(self) -> Tensor:
+        """R² of every coordinate, [d]; NaN for one without variance."""
+        total = self.contexts.sum(0)
+        return 1 - self.coordinates[0] / (self.coordinates[1] - total[3:].square() / total[0])
+
+    def interval(self, n: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+        """Bootstrap interval of R²: contexts are drawn again, the probe stays."""
+        used = self.contexts[self.contexts[:, 0] > 0]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(used), (n, len(used)), generator=generator).to(used.device)
+        weights = torch.zeros(n, len(used), dtype=torch.double, device=used.device)
+        weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
+        quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double, device=used.device)
+        return tuple((1 - self.unexplained(weights, used)).quantile(quantiles).tolist())
+
+    def unexplained(self, weights: Tensor, contexts: Tensor | None = None) -> Tensor:
+        total = weights @ (self.contexts if contexts is None else contexts)
+        return total[:, 1] / (total[:, 2] - total[:, 3:].square().sum(1) / total[:, 0])
+
+
+class Contexts:
+    """A stream over whole rows of an ActivationStore without the first `skip` of each context (ours: a fifth)."""
+
+    def __init__(self, store, rows, skip: float = 0.2, batch_rows: int = 64):
+        self.store, self.rows, self.batch_rows = store, np.asarray(rows), batch_rows
+        self.first = max(int(skip * store.n_ctx), store.skip)
+
+    def __iter__(self):
+        for i in range(0, len(self.rows), self.batch_rows):
+            batch = self.store.take_rows(self.rows[i : i + self.batch_rows])
+            n, shape = len(batch["row"]), (len(batch["row"]), self.store.n_ctx - self.first)
+            about = {
+                "row": batch["row"][:, None].expand(shape),
+                "position": batch["position"][self.first :].expand(shape),
+            }
+            keep = {
+                key: value[:, self.first :] for key, value in batch.items() if value.shape[:2] == (n, self.store.n_ctx)
+            }
+            yield {key: value.flatten(0, 1) for key, value in (keep | about).items()}
+
+
+def in_batches(x: Tensor, n_ctx: int = 256, size: int = 8192) -> list[dict]:
+    """A tensor [n, d_in] as a stream; every n_ctx tokens count as a context."""
+    row = torch.arange(len(x), device=x.device) // n_ctx
+    return [{"x": part, "row": at} for part, at in zip(x.split(size), row.split(size))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The error, split
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ErrorSplit:
+    """What `split_error` finds; R² and FVU on the test stream."""
+
+    vector: Linear  # x → e
+    norm: Linear  # x → ‖e‖²
+    scores: dict[str, Scores]
+    norms: dict[str, Tensor]  # of every test token: "error", "nonlinear" [n]
+
+    def nonlinear(self, x: Tensor, error: Tensor) -> Tensor:
+        """e − LinearError(x)."""
+        return error - self.vector(x)
+
+    def summary(self) -> dict[str, float | list[float]]:
+        """r2: of e from x; r2_norm_*: of five squared norms from x; fvu, fvu_nonlinear; each r2_* with `_interval`.
+
+        fvu_bound = FVU (1 − FVU), and r2 ≥ FVU, hold at a decoder that is optimal for its latents.
+        """
+        values = {"fvu": 1 - self.scores["fvu"].r2(), "fvu_nonlinear": 1 - self.scores["fvu_nonlinear"].r2()}
+        values["fvu_bound"] = values["fvu"] * (1 - values["fvu"])
+        values["r2_per_coordinate"] = float(self.scores["r2"].per_coordinate().nanmean())
+        for name in self.scores.keys() - {"fvu", "fvu_nonlinear"}:
+            values |= {name: self.scores[name].r2(), f"{name}_interval": list(self.scores[name].interval())}
+        return values
+
+
+FIVE = ("x", "x_hat", "error", "linear", "nonlinear")
+
+
+@torch.no_grad()
+def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSplit:
+    """Probe the error of an SAE (arXiv 2410.14670): fitted on one stream, scored on another, of other contexts.
+
+    b* = argmin E‖x b + c − e‖², LinearError = x b* + c, NonlinearError = e − LinearError; a* = argmin E(aᵀx + c − ‖e‖²)².
+    The norm probe is fitted to the squared norms of all of `FIVE`. FVU_nonlinear = 1 − R²(x, x̂ + LinearError), pooled.
+    `sae`: any callable x → object with x_hat. Raises ValueError for fewer than 40 · d_in fitting tokens, and where a context is
+    in both streams.
+    """
+    moments, norm_moments, seen = Moments(), Moments(), set()
+    for batch in fit:
+        moments.add(batch["x"], batch["x"] - sae(batch["x"]).x_hat)
+        seen |= set(batch["row"].unique().tolist())
+    vector = moments.fit(rows_per_input)
+
+    def five(x):
+        x_hat = sae(x).x_hat
+        linear = vector(x)
+        return dict(zip(FIVE, (x, x_hat, x - x_hat, linear, x - x_hat - linear)))
+
+    def squares(parts):
+        return torch.stack([part.double().square().sum(1) for part in parts.values()], 1)
+
+    for batch in fit:
+        norm_moments.add(batch["x"], squares(five(batch["x"])))
+    norm = norm_moments.fit(rows_per_input)
+    scores = {name: Scores() for name in ("r2", "fvu", "fvu_nonlinear", *(f"r2_norm_{name}" for name in FIVE))}
+    norms = {"error": [], "nonlinear": []}
+    for batch in test:
+        x, row = batch["x"], batch["row"]
+        if both := seen & set(row.unique().tolist()):
+            raise ValueError(f"context {min(both)} is in both streams: split by context, not by token")
+        parts = five(x)
+        scores["r2"].add(parts["error"], parts["nonlinear"], row)
+        scores["fvu"].add(x, parts["error"], row)
+        scores["fvu_nonlinear"].add(x, parts["nonlinear"], row)
+        target = squares(parts)
+        residual = target - norm(x.double())
+        for i, name in enumerate(FIVE):
+            scores[f"r2_norm_{name}"].add(target[:, i : i + 1], residual[:, i : i + 1], row)
+        for name in norms:
+            norms[name].append(parts[name].norm(dim=1).cpu())
+    at = FIVE.index("error")
+    return ErrorSplit(vector, Linear(norm.W[:, at], norm.c[at]), scores, {k: torch.cat(v) for k, v in norms.items()})
+
+
+def norm_scaling(norm_i: Tensor, norm_j: Tensor, nonlinear_i: Tensor) -> dict[str, float]:
+    """How well ‖e_i‖ tells ‖e_j‖ of the same tokens [n]: r2 of least squares with bias; of what remains, the share that ‖nonlinear_i‖ removes."""
+
+    def residual(*inputs):
+        inputs = torch.stack([torch.ones_like(norm_j), *inputs], 1).double()
+        return norm_j.double() - inputs @ torch.linalg.lstsq(inputs, norm_j.double()[:, None]).solution.squeeze(1)
+
+    one, two = residual(norm_i).square().sum(), residual(norm_i, nonlinear_i).square().sum()
+    total = (norm_j - norm_j.mean()).double().square().sum()
+    return {"r2": float(1 - one / total), "removed": float(1 - two / one)}
+
+
+def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
+    """R² on test tokens of the mean over each group of fitting tokens; (values [n], group [n]) of both, a new group gets the mean of all."""
+    (v, group), (v_test, group_test) = fit, test
+    n_groups = int(max(group.max(), group_test.max())) + 1
+    count = torch.bincount(group, minlength=n_groups)
+    mean = torch.bincount(group, v.double(), minlength=n_groups) / count.clamp_min(1)
+    mean = torch.where(count > 0, mean, v.double().mean())
+    v_test = v_test.double()
+    return float(1 - (v_test - mean[group_test]).square().sum() / (v_test - v_test.mean()).square().sum())
+
+
+@torch.no_grad()
+def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int = 16) -> dict[str, float]:
+    """Cross-entropy with the activation at positions ≥ 1 replaced by x̂, x̂ + LinearError, x̂ + NonlinearError.
+
+    recovered = (CE_sae − CE_setting) / (CE_sae − CE_clean), beside share = 1 − Σ‖x − patch‖² / Σ‖e‖², which says how much of
+    the error's squared length the patch has put back. Mean over predictions at positions ≥ 1 of `rows` [n, n_ctx].
+    """
+    nats, squares, n = dict.fromkeys(("clean", "sae", "linear", "nonlinear"), 0.0), {}, 0
+    for i in range(0, len(rows), batch_rows):
+        tokens = torch.from_numpy(np.asarray(rows[i : i + batch_rows]).astype("int64")).to(lm.cfg.device)
+        x = run_prefix(lm, tokens, [hook_name])[hook_name].float()
+        x_hat = sae(x).x_hat
+        linear = split.vector(x)
+        patches = {"clean": x, "sae": x_hat, "linear": x_hat + linear, "nonlinear": x - linear}
+        n += tokens[:, 2:].numel()
+        for name, patch in patches.items():
+            patch = torch.cat([x[:, :1], patch[:, 1:]], 1)
+            nats[name] += float(token_loss(run_spliced(lm, tokens, hook_name, patch), tokens)[:, 1:].double().sum())
+            squares[name] = squares.get(name, 0.0) + float((x - patch).double().square().sum())
+    values = {f"ce_{name}": total / n for name, total in nats.items()}
+    gap = values["ce_sae"] - values["ce_clean"]
+    for name in ("linear", "nonlinear"):
+        values[f"recovered_{name}"] = (values["ce_sae"] - values[f"ce_{name}"]) / gap if gap else float("nan")
+        values[f"share_{name}"] = 1 - squares[name] / squares["sae"]
+    return values
+
+
+@torch.no_grad()
+def map_from(inputs, target, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> Scores:
+    """Least squares from inputs(batch) [n, d_u] to target(batch) [n, d_v], scored on the test stream: 1 − R² of it is left.
+
+    With several hooks in one ActivationStore `inputs` may join what earlier components wrote, or their SAEs' reconstructions.
+    """
+    moments, scores = Moments(), Scores()
+    for batch in fit:
+        moments.add(inputs(batch), target(batch))
+    linear = moments.fit(rows_per_input)
+    for batch in test:
+        v = target(batch)
+        scores.add(v, v - linear(inputs(batch)), batch["row"])
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controls (ours)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def identity(sae, stream) -> dict[str, float]:
+    """How far an SAE is from Cov(e, x̂) = 0, in sample; there b* = Σ_x⁻¹ Σ_e and R² = tr(Σ_e Σ_x⁻¹ Σ_e) / tr Σ_e ≥ FVU.
+
+    r2: of the probe; r2_identity: that formula; gap: their difference, absolute; distance: E‖x (b* − Σ_x⁻¹ Σ_e)‖² / tr Σ_e, by how much the two
+    predictions differ; fvu; bound_holds: r2 ≥ fvu (up to 1e-9).
+    """
+    moments = Moments(joint=True)
+    for batch in stream:
+        moments.add(batch["x"], batch["x"] - sae(batch["x"]).x_hat)
+    d, (_, cov) = moments.d_u, moments.covariance()
+    xx, xe, ee = cov[:d, :d], cov[:d, d:], cov[d:, d:]
+    b, b_identity, power = solve(xx, xe), solve(xx, ee), ee.trace().clamp_min(1e-300)
+    r2, r2_identity = (xe * b).sum() / power, (ee * b_identity).sum() / power
+    mean_error = moments.sums[0][d:] / moments.n
+    fvu = (power + mean_error.square().sum()) / xx.trace()
+    values = {"r2": r2, "r2_identity": r2_identity, "gap": (r2 - r2_identity).abs(), "fvu": fvu}
+    values["distance"] = ((b - b_identity) * (xx @ (b - b_identity))).sum() / power
+    return {key: float(value) for key, value in values.items()} | {"bound_holds": bool(r2 >= fvu - 1e-9)}
+
+
+class Refitted:
+    """An SAE's latents, frozen, with another decoder: x → SAEOutput."""
+
+    def __init__(self, sae, W_dec: Tensor, b_dec: Tensor):
+        self.sae, self.W_dec, self.b_dec = sae, W_dec, b_dec
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> SAEOutput:
+        out = copy.copy(self.sae(x))
+        if out.active is None:
+            x_hat = out.dense @ self.W_dec
+        else:
+            x_hat = sparse_decode(out.values.flatten(), out.active, self.W_dec)
+        out.x_hat = (x_hat + self.b_dec).view(x.shape)
+        return out
+
+
+@torch.no_grad()
+def refit_decoder(sae, stream, ridge: float = 1e-9) -> Refitted:
+    """argmin over W_dec, b_dec of Σ‖x − f W_dec − b_dec‖² with latents f frozen: the decoder optimum, where Cov(e, x̂) = 0.
+
+    Normal equations [d_sae + 1, d_sae + 1] in fp64, summed from pairs of active latents; `ridge`, times the mean diagonal, keeps them
+    solvable where latents always fire together. A latent that never fires keeps its row.
+    """
+    d = sae.d_sae
+    gram = torch.zeros(d + 1, d + 1, dtype=torch.double, device=sae.W_dec.device)  # the last one is the bias
+    target = torch.zeros(d + 1, sae.d_in, dtype=torch.double, device=sae.W_dec.device)
+    for batch in stream:
+        for x in batch["x"].split(4096):
+            out, n = sae(x), len(x)
+            if out.values is None or out.values.ndim == 1:
+                f = out.latents.double()
+                f = torch.cat([f, f.new_ones(n, 1)], 1)
+                gram += f.T @ f
+                target += f.T @ x.double()
+                continue
+            values = torch.cat([out.values.double(), out.values.new_ones(n, 1).double()], 1)
+            indices = torch.cat([out.indices, torch.full_like(out.indices[:, :1], d)], 1)
+            pairs = indices[:, :, None] * (d + 1) + indices[:, None, :]
+            gram.view(-1).index_add_(0, pairs.flatten(), (values[:, :, None] * values[:, None, :]).flatten())
+            entries = (values[:, :, None] * x.double()[:, None, :]).flatten(0, 1)
+            target.index_add_(0, indices.flatten(), entries)
+    fired = gram.diagonal() > 0
+    gram, target = gram[fired][:, fired], target[fired]
+    scale = gram.diagonal().rsqrt()  # every latent in units of its own size
+    gram = gram * scale[:, None] * scale
+    gram.diagonal().add_(ridge)
+    solution = torch.linalg.solve(gram, target * scale[:, None]) * scale[:, None]
+    full = torch.cat([sae.W_dec, sae.b_dec[None]]).detach().clone()
+    full[fired] = solution.to(full.dtype)
+    return Refitted(sae, full[:-1], full[-1])
+
+
+class DeadSAE:
+    """x̂ = mean: all of x is error, and all of it linear in x."""
+
+    def __init__(self, mean: Tensor):
+        self.mean = mean
+
+    def __call__(self, x: Tensor) -> SAEOutput:
+        return SAEOutput(self.mean.expand_as(x), dense=x.new_zeros(x.shape[:-1].numel(), 1))
+
+
+class PrincipalComponents:
+    """x̂ = the projection on the k directions of largest variance: its error is linear in x by construction."""
+
+    def __init__(self, mean: Tensor, covariance: Tensor, k: int):
+        self.mean, self.directions = mean, torch.linalg.eigh(covariance).eigenvectors[:, -k:]
+
+    def __call__(self, x: Tensor) -> SAEOutput:
+        latents = (x - self.mean) @ self.directions
+        return SAEOutput(latents @ self.directions.T + self.mean, dense=latents.flatten(0, -2))
+
+
+def matched_gaussian(mean: Tensor, covariance: Tensor, n: int, seed: int = 0) -> Tensor:
+    """n draws [n, d] of a Gaussian: no features, but every probe that reads mean and covariance alone must find the same."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(n, len(mean), generator=generator).to(mean.device)
+    root = vectors * values.clamp_min(0).sqrt()
+    return mean.float() + normal @ root.T.float()
+
+
+def mean_and_covariance(stream) -> tuple[Tensor, Tensor]:
+    """Of x over a stream, fp64: [d], [d, d]."""
+    moments = Moments()
+    for batch in stream:
+        moments.add(batch["x"], batch["x"][:, :0])
+    return moments.covariance()
+
+
+@torch.no_grad()
+def untrained(model: str, device: str, seed: int = 0, std: float = 0.02):
+    """The language model with its weights drawn anew: matrices N(0, std²), biases 0, layer norms 1."""
+    lm = load_language_model(model, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in lm.named_parameters():
+        if parameter.ndim > 1:
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+        else:
+            parameter.fill_(float(name.endswith("weight")))
+    return lm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A world in which every part of the error is known (ours)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """x = Σ_i w_i y_i + dense + noise: sparse features y_i of unit norm with Zipf's frequencies, a dense Gaussian part of low rank, white noise.
+
+    The imagined SAE knows the n_known most frequent features exactly, returns `shrink` of their weights, and adds an error of its own.
+    """
+
+    d_in: int = 64
+    n_features: int = 256
+    n_known: int = 128
+    l0: float = 8.0
+    dense: float = 0.3  # standard deviations per coordinate, beside features of mean weight 1
+    rank: int = 8
+    noise: float = 0.0
+    introduced: float = 0.1
+    shrink: float = 1.0
+    introduced_kind: str = "white"  # or "anisotropic", or "grows" (with the token's ‖x‖)
+    seed: int = 0
+    parts: dict = field(default_factory=dict, repr=False)
+
+    def draw(self, n: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """x [n, d_in] and the parts of e = x − x̂, which add up to it: absent, dense, noise, shrinkage, introduced."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        if self.introduced_kind not in ("white", "anisotropic", "grows"):
+            raise ValueError(f"introduced_kind={self.introduced_kind!r}: white, anisotropic, grows are there")
+        directions = normalize(normal(self.n_features, self.d_in), dim=1)
+        frequency = 1 / torch.arange(1, self.n_features + 1)
+        frequency = (self.l0 * frequency / frequency.sum()).clamp_max(0.5)
+        weights = (torch.rand(n, self.n_features, generator=generator) < frequency) * (
+            0.5 + torch.rand(n, self.n_features, generator=generator)
+        )
+        known, absent = weights.clone(), weights.clone()
+        known[:, self.n_known :], absent[:, : self.n_known] = 0, 0
+        basis = normalize(normal(self.rank, self.d_in), dim=1) * (self.d_in / self.rank) ** 0.5
+        parts = {"absent": absent @ directions, "dense": self.dense * normal(n, self.rank) @ basis}
+        parts["noise"] = self.noise * normal(n, self.d_in)
+        seen = known @ directions
+        x = seen + sum(parts.values())
+        parts["shrinkage"] = (1 - self.shrink) * seen
+        own = self.introduced * normal(n, self.d_in)
+        if self.introduced_kind == "anisotropic":
+            own = own * (torch.arange(self.d_in) < self.d_in // 8) * 8**0.5
+        if self.introduced_kind == "grows":
+            length = x.norm(dim=1, keepdim=True)
+            own = own * length / length.square().mean().sqrt()
+        return x, parts | {"introduced": own}
+
+
+def attribution(x: Tensor, parts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Where each part of e = Σ parts goes: share of tr Cov(e), and the shares of it in the linear and the nonlinear error.
+
+    With p a part, tr Cov(N, p) summed over parts is tr Cov(N): an exact account of the nonlinear error, and so for the linear one.
+    "kept" = tr Cov(L, p) / tr Cov(e, p), the share of a part that the linear error takes. Fitted and scored on halves of x [n, d_in].
+    """
+    half, error = len(x) // 2, sum(parts.values())
+    moments = Moments()
+    moments.add(x[:half], error[:half])
+    linear = moments.fit()(x[half:])
+    nonlinear = error[half:] - linear
+
+    def trace(a, b):
+        return float(((a - a.mean(0)) * (b - b.mean(0))).double().sum())
+
+    total = trace(error[half:], error[half:])
+    account = {}
+    for name, part in parts.items():
+        part = part[half:]
+        whole = trace(error[half:], part)
+        account[name] = {"share": whole / total, "linear": trace(linear, part) / total}
+        account[name] |= {
+            "nonlinear": trace(nonlinear, part) / total,
+            "kept": trace(linear, part) / whole if whole else 0.0,
+        }
+    return account
