@@ -1,6 +1,6 @@
 """How long an end-to-end step takes beside the parts that it cannot do without. Prints a table; asserts nothing.
 
-    python benchmarks/e2e.py [--models python-lm,gpt2-small] [--rounds 9]
+    python benchmarks/e2e.py [--models python-lm,gpt2-small] [--rounds 5]
 
 The parts, each run by itself on the same rows: the clean model after the hook (forward), the spliced one (forward and
 backward), each with logits for all tokens, and the SAE's own step as it is locally. "gpt2-small" has GPT-2 small's shape and
@@ -102,7 +102,7 @@ def suffix_input(lm, tokens, hook):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", default=",".join(SETTINGS))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     print(f"{DEVICE}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in options.models.split(","):

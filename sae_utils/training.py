@@ -251,6 +251,8 @@ def on_coefficient(sae, objective, l0: float | None) -> str:
     a narrow dictionary), where a dense code of the same size would lose nothing.
     """
     settings = inspect.signature(objective).parameters
+    if "local" in settings:  # an end-to-end objective has its coefficient from the local one
+        settings = inspect.signature(settings["local"].default).parameters
     with_target = "target_l0" in settings and settings["target_l0"].default is not None
     if "coefficient" not in settings or with_target or l0 is None:
         return ""

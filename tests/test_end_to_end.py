@@ -267,6 +267,13 @@ def test_a_signature_tells_models_hooks_and_settings_apart(tiny_gpt2, tiny_neox)
     assert len({one, *others}) == 4
 
 
+def test_advice_on_the_coefficient_of_the_local_objective(tiny_gpt2):
+    own = functools.partial(l1_loss, coefficient=1e3)
+    objective = functools.partial(e2e_loss, suffix=Suffix(tiny_gpt2, HOOK), local=own)
+    with pytest.warns(UserWarning, match="coefficient=1000.0 leaves almost no latent active"):
+        train(sae_for(tiny_gpt2, ReluSAE), [batch_of(tiny_gpt2)], objective, n_steps=60, lr=1e-2, progress=False)
+
+
 def test_errors_say_what_to_do(tiny_gpt2, model_directories):
     suffix, sae = Suffix(tiny_gpt2, HOOK), sae_for(tiny_gpt2)
     batch = batch_of(tiny_gpt2)
