@@ -1,21 +1,145 @@
-"""Steering: push the residual stream along a direction, or set a latent, and measure what the model then says.
+"""Steering: push an activation along a direction, or set a latent, and measure what the model then says.
 
-Everything is batched over interventions: n interventions × contexts are one batch, chunked to memory, and only the layers after
-the hook run. The steering formula of arXiv 2411.10397 is not known; what is here is ours.
+Everything is batched over n interventions × contexts, chunked to memory; in one forward pass only the layers after a residual
+hook run, in generation every step runs on the new tokens alone (Hugging Face's KV cache, through the hooks). Position 0, an
+outlier in most models, is left alone by default. The steering formula of arXiv 2411.10397 is not known; what is here is ours.
 """
 
+import re
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from .lm import run_prefix, run_spliced
+from .lm import check_hook, run_prefix, run_spliced, token_loss
+from .metrics import kl_divergence
 
-AT_ONCE = 2**24  # entries of [interventions, contexts, positions, d_vocab] that exist at a time: 64 MiB in fp32
+AT_ONCE = 2**24  # floats that the largest tensor of a chunk of interventions holds: 64 MiB
+MEASURES = ("kl", "max_logit", "target_logprob", "specificity", "norm", "logprob_per_norm")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interventions: n of them at once; called with x [n or 1, contexts, positions, d_in], they return [n, ...]
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Add:
+    """x + direction: `directions` [n, d_in], already at the length wanted (α · direction)."""
+
+    def __init__(self, directions: Tensor):
+        self.directions = directions.detach()
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def __getitem__(self, part: slice) -> "Add":
+        return Add(self.directions[part])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + self.directions[:, None, None].to(x)
+
+
+class SetLatent:
+    """Set latent i to a value v: x + (v − f_i(x)) W_dec[i], or x̂ + (v − f_i(x)) W_dec[i] without the SAE's error. v = 0 ablates.
+
+    latents [n] indices; values: a number or [n]. Raises ValueError for an index outside the dictionary or a dead latent.
+    """
+
+    def __init__(self, sae, latents, values=0.0, keep_error: bool = True):
+        self.sae, self.keep_error = sae, keep_error
+        self.latents = check_latents(sae, latents)
+        self.values = torch.as_tensor(values, dtype=sae.W_dec.dtype, device=sae.W_dec.device).expand(len(self.latents))
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, part: slice) -> "SetLatent":
+        return SetLatent(self.sae, self.latents[part], self.values[part], self.keep_error)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        f = self.sae.encode(x)  # [n or 1, contexts, positions, d_sae]
+        index = self.latents[:, None, None, None].expand(-1, *f.shape[1:3], 1)
+        now = f.expand(len(self), *f.shape[1:]).gather(-1, index)
+        base = x if self.keep_error else self.sae.decode(f)
+        return base + (self.values[:, None, None, None] - now) * self.sae.W_dec.detach()[self.latents][:, None, None]
+
+
+def check_latents(sae, latents) -> Tensor:
+    """Indices as a tensor [n]; ValueError for one outside the dictionary, or of a latent that was dead at the end of training."""
+    latents = torch.as_tensor(latents, device=sae.W_dec.device).flatten()
+    for i in latents.tolist():
+        if not 0 <= i < sae.d_sae:
+            raise ValueError(f"latent {i}: this SAE has latents 0 to {sae.d_sae - 1}")
+    dead = latents[sae.dead()[latents]]
+    if len(dead):
+        raise ValueError(
+            f"latent {int(dead[0])} is dead: it did not fire in the last {sae.dead_after:,} training tokens"
+        )
+    return latents
+
+
+def check_positions(positions, n_ctx: int) -> Tensor:
+    """A mask [n_ctx] of the positions to steer: those named, or all but the first; ValueError for one outside the context."""
+    mask = torch.zeros(n_ctx, dtype=torch.bool)
+    for p in range(1, n_ctx) if positions is None else positions:
+        if not 0 <= p < n_ctx:
+            raise ValueError(f"position {p} is outside the context: allowed are 0 to {n_ctx - 1}")
+        mask[p] = True
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One forward pass
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def as_tokens(lm, rows) -> Tensor:
-    """Rows [contexts, n_ctx] as a tensor of token ids on the model's device."""
+    """Token ids as a tensor on the model's device."""
     rows = rows if isinstance(rows, Tensor) else torch.from_numpy(rows.astype("int64"))
     return rows.long().to(lm.cfg.device)
+
+
+@torch.no_grad()
+def steer(lm, rows, hook_name: str, edit, positions=None, at=None, at_once: int = AT_ONCE):
+    """Run n interventions on contexts; yield, a chunk of interventions at a time, (part, logits, new logits, norm).
+
+    rows: token ids [contexts, n_ctx], the same for all, or [n, contexts, n_ctx]. positions: where `edit` acts (default all but
+    0). at: positions whose predictions are wanted (default all but 0). part: slice of interventions; logits, clean
+    [part or 1, contexts, at, d_vocab], and steered [part, ...]; norm [part]: mean ‖x_new − x‖ over the positions edited.
+    """
+    rows = as_tokens(lm, rows)
+    rows = rows[None] if rows.ndim == 2 else rows
+    if len(rows) not in (1, len(edit)):
+        raise ValueError(f"rows hold contexts for {len(rows)} interventions, but there are {len(edit)}")
+    n_contexts, n_ctx = rows.shape[1:]
+    mask = check_positions(positions, n_ctx).to(rows.device)
+    at = check_positions(at, n_ctx).to(rows.device)
+    entries = n_contexts * max(int(at.sum()) * lm.cfg.d_vocab, n_ctx * lm.cfg.d_model * 8)
+    shared = None
+    for start in range(0, len(edit), max(1, at_once // entries)):
+        part = slice(start, start + max(1, at_once // entries))
+        some = edit[part]
+        tokens = rows if len(rows) == 1 else rows[part]
+        if shared is None or len(rows) > 1:
+            x = run_prefix(lm, tokens.flatten(0, 1), [hook_name])[hook_name]
+            logits = logits_at(lm, tokens.flatten(0, 1), hook_name, x, at).unflatten(0, tokens.shape[:2])
+            shared = x.unflatten(0, tokens.shape[:2]), logits
+        x, logits = shared
+        new = torch.where(mask[:, None], some(x), x)
+        norm = (new - x)[:, :, mask].norm(dim=-1).mean((1, 2))
+        spread = tokens.expand(len(some), -1, -1).flatten(0, 1)
+        steered = logits_at(lm, spread, hook_name, new.flatten(0, 1), at)
+        yield part, logits, steered.unflatten(0, (len(some), n_contexts)), norm
+
+
+def logits_at(lm, tokens: Tensor, hook_name: str, x: Tensor, at: Tensor) -> Tensor:
+    """Logits [batch, at, d_vocab] at some positions, with x at the hook: only those are unembedded."""
+    return run_spliced(lm, tokens, hook_name, x, hooks=[("unembed.hook_in", lambda h, hook: h[:, at])]).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -28,7 +152,50 @@ def direct_logits(lm, directions: Tensor) -> Tensor:
     return direct[0].float()
 
 
-@torch.no_grad()
+def target_logprob(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
+    """log Σ_{t ∈ targets} p_new(t) − log Σ_{t ∈ targets} p(t) in nats; logits [..., d_vocab], targets [n_targets], or one row of
+    them for each entry of the first axis of `new`."""
+
+    def log_share(logits):
+        index = targets.view(-1, *[1] * (new.ndim - 2), targets.shape[-1]).expand(*new.shape[:-1], -1)
+        log_p = logits.log_softmax(-1).expand(*new.shape[:-1], -1)
+        return log_p.gather(-1, index).logsumexp(-1)
+
+    return log_share(new) - log_share(logits)
+
+
+def specificity(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
+    """(mean Δ logit over targets − mean over all other tokens) / standard deviation over those others; shapes as target_logprob.
+
+    0: the targets rise no more than the vocabulary does; 3: three standard deviations more. No unit, so strengths compare.
+    """
+    delta = new - logits
+    index = targets.view(-1, *[1] * (new.ndim - 2), targets.shape[-1]).expand(*new.shape[:-1], -1)
+    own = delta.gather(-1, index)
+    n_others = delta.shape[-1] - targets.shape[-1]
+    mean = (delta.sum(-1) - own.sum(-1)) / n_others
+    centred = delta - mean[..., None]
+    variance = (centred.square().sum(-1) - (own - mean[..., None]).square().sum(-1)) / n_others
+    return (own.mean(-1) - mean) / variance.clamp_min(1e-12).sqrt()
+
+
+def effects(lm, rows, hook_name: str, edit, targets: Tensor, positions=None, at=None, at_once: int = AT_ONCE) -> dict:
+    """What n interventions do to the predictions: means over contexts and the positions `at`, each [n] on the CPU.
+
+    targets [n, n_targets]: tokens of each intervention. rows, positions, at: as in `steer`. kl: KL(unsteered ‖ steered) in nats.
+    max_logit: max over the vocabulary of |Δ logit|. target_logprob, specificity: the functions of these names. norm: mean
+    ‖x_new − x‖ where edited. logprob_per_norm: target_logprob / norm, nats per unit of x (0 where nothing was changed).
+    """
+    parts = []
+    for part, logits, new, norm in steer(lm, rows, hook_name, edit, positions, at, at_once):
+        own = targets[part].to(new.device)
+        measured = [kl_divergence(logits, new), (new - logits).abs().amax(-1)]
+        measured += [target_logprob(logits, new, own), specificity(logits, new, own)]
+        means = [m.mean((1, 2)) for m in measured]
+        parts.append(torch.stack([*means, norm, torch.where(norm > 0, means[2] / norm.clamp_min(1e-12), 0)]))
+    return dict(zip(MEASURES, torch.cat(parts, 1).cpu()))
+
+
 def latent_effects(
     lm, rows, hook_name: str, directions: Tensor, norm: float, *, tokens=None, at_once: int = AT_ONCE
 ) -> dict[str, Tensor]:
@@ -40,29 +207,124 @@ def latent_effects(
     kl: KL(unsteered ‖ steered) in nats. max_logit: max over the vocabulary of |Δ logit|. own_logprob: change of log p of the
     direction's own token, in nats. And tokens [n].
     """
-    rows, n_ctx = as_tokens(lm, rows), rows.shape[1]
-    lengths = directions.norm(dim=1, keepdim=True)
+    pushes = scaled(directions, norm).to(lm.cfg.device)
+    tokens = direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens
+    found = effects(lm, rows, hook_name, Add(pushes), tokens[:, None], at_once=at_once)
+    return {
+        "kl": found["kl"],
+        "max_logit": found["max_logit"],
+        "own_logprob": found["target_logprob"],
+        "tokens": tokens,
+    }
+
+
+def scaled(directions: Tensor, norm: float) -> Tensor:
+    """Directions [n, d_in] at length `norm`; ValueError for one of length 0."""
+    lengths = directions.detach().norm(dim=1, keepdim=True)
     if not (lengths > 0).all():
-        raise ValueError(
-            f"direction {int((lengths == 0).nonzero()[0, 0])} has length 0: it cannot be scaled to norm={norm}"
-        )
-    pushes = (norm * directions / lengths).to(lm.cfg.device)
-    tokens = direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens.to(pushes.device)
-    clean = run_prefix(lm, rows, [hook_name])[hook_name]
-    logits = run_spliced(lm, rows, hook_name, clean)[:, 1:].float()
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    chunk = max(1, at_once // (len(rows) * n_ctx * lm.cfg.d_vocab))
-    parts = []
-    for push, token in zip(pushes.split(chunk), tokens.split(chunk)):
-        x = clean.expand(len(push), *clean.shape).clone()
-        x[:, :, 1:] += push[:, None, None]
-        new = run_spliced(lm, rows.repeat(len(push), 1), hook_name, x.flatten(0, 1))[:, 1:].float()
-        new = new.view(len(push), *logits.shape)
-        largest = (new - logits).abs().amax(-1).mean((1, 2))
-        log_q = new.log_softmax(-1)
-        kl = (p * (log_p - log_q)).sum(-1).mean((1, 2))
-        own = torch.stack([(q - log_p)[..., t].mean() for q, t in zip(log_q, token)])
-        parts.append(torch.stack([kl, largest, own]))
-    kl, largest, own = torch.cat(parts, 1)
-    return {"kl": kl, "max_logit": largest, "own_logprob": own, "tokens": tokens}
+        raise ValueError(f"direction {int((lengths == 0).nonzero()[0, 0])} has length 0: it cannot be made {norm} long")
+    return norm * directions.detach() / lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    lm, rows, n_new: int, hook_name: str, edit, positions=None, *, temperature=1.0, seed=0, cached=True, at_once=AT_ONCE
+) -> Tensor:
+    """Continue contexts under n interventions, [n, contexts, n_prompt + n_new]; rows [contexts, n_prompt] or [n, contexts, n_prompt].
+
+    positions: where `edit` acts (default all but 0, generated ones too). Token t+1 = argmax(logits / temperature + Gumbel
+    noise), a sample; all interventions share the noise, so that they differ by what they do and not by luck. temperature 0:
+    greedy. `cached=False` runs the whole text at every step: the same, slowly.
+    Raises ValueError if the text would be longer than the model's context.
+    """
+    from transformers import DynamicCache
+
+    check_hook(lm, hook_name)
+    rows = as_tokens(lm, rows)
+    rows = rows.expand(len(edit), -1, -1)
+    n_contexts, n_prompt = rows.shape[1:]
+    if n_prompt + n_new > lm.cfg.n_ctx:
+        raise ValueError(f"{n_prompt} + n_new={n_new} tokens are more than the model's context of {lm.cfg.n_ctx}")
+    mask = check_positions(positions, n_prompt + n_new).to(rows.device)
+    chunk = max(1, at_once // (n_contexts * max(lm.cfg.d_vocab, n_prompt * lm.cfg.d_model * 8)))
+    done = []
+    for start in range(0, len(edit), chunk):
+        some, text = edit[start : start + chunk], rows[start : start + chunk].flatten(0, 1)
+        noise = torch.Generator().manual_seed(seed)
+        cache = DynamicCache() if cached else None
+        for step in range(n_new):
+            first = text.shape[1] - 1 if cached and step else 0  # position of the first token that this step runs
+
+            def change(x, hook, some=some, first=first):
+                split = x.flatten(2).unflatten(0, (len(some), n_contexts))
+                new = torch.where(mask[first : first + x.shape[1], None], some(split), split)
+                return new.to(x.dtype).reshape(x.shape).contiguous()
+
+            more = {"past_key_values": cache, "use_cache": True} if cached else {}
+            last = ("unembed.hook_in", lambda h, hook: h[:, -1:])
+            logits = lm.run_with_hooks(text[:, first:], fwd_hooks=[(hook_name, change), last], **more)[:, -1].float()
+            if temperature:
+                uniform = torch.rand(n_contexts, logits.shape[-1], generator=noise).clamp_min(1e-20)
+                gumbel = -(-uniform.log()).clamp_min(1e-20).log()
+                logits = logits / temperature + gumbel.to(logits.device).repeat(len(some), 1)
+            text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
+        done.append(text.unflatten(0, (len(some), n_contexts)))
+    return torch.cat(done)
+
+
+@torch.no_grad()
+def generation_nats(lm, generated: Tensor, n_prompt: int, batch_rows: int = 256) -> Tensor:
+    """Cross-entropy of the generated tokens under the unsteered model, a mean over them, [n, contexts]; perplexity is exp of it."""
+    rows = as_tokens(lm, generated).flatten(0, 1)
+    keep = ("unembed.hook_in", lambda h, hook: h[:, n_prompt - 1 :])
+    losses = [
+        token_loss(lm.run_with_hooks(part, fwd_hooks=[keep]), part[:, n_prompt - 1 :]).mean(1)
+        for part in rows.split(batch_rows)
+    ]
+    return torch.cat(losses).view(generated.shape[:2]).cpu()
+
+
+def closes_bracket(text: str) -> bool:
+    """Whether a closing bracket comes that the text did not open itself."""
+    depth = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if depth < 0:
+            return True
+    return False
+
+
+CONCEPTS = {  # what a continuation of Python source can be checked for; a token that stands for it; the check
+    "self": (" self", lambda text: bool(re.search(r"\bself\b", text))),
+    "docstring": ('"""', lambda text: '"""' in text or "'''" in text),
+    "raise": (" raise", lambda text: bool(re.search(r"\braise\b", text))),
+    "closed bracket": (")", closes_bracket),
+}
+
+
+def success_rate(lm, generated: Tensor, n_prompt: int, check) -> np.ndarray:
+    """Share of the contexts whose continuation passes `check` (text → bool), for each intervention [n]."""
+    return np.array([[check(lm.tokenizer.decode(t)) for t in one[:, n_prompt:].tolist()] for one in generated]).mean(1)
+
+
+def useful_range(strengths, effect, nats, unsteered: float, factor: float = 2.0) -> float:
+    """The effect that can be had before fluency breaks: max of `effect` over strengths at which the perplexity of what is
+    generated is at most `factor` times that without steering (ours), linearly interpolated to the strength where it breaks.
+
+    strengths rising from 0; effect, nats [n_strengths] (mean cross-entropy of generations); unsteered: nats at strength 0.
+    """
+    strengths, effect, excess = (np.asarray(v, dtype=float) for v in (strengths, effect, nats))
+    excess = excess - unsteered - np.log(factor)
+    broken = np.flatnonzero(excess > 0)
+    if not len(broken):
+        return float(effect.max())
+    i = int(broken[0])
+    if i == 0:
+        return 0.0
+    share = -excess[i - 1] / (excess[i] - excess[i - 1])
+    return float(max(effect[:i].max(), effect[i - 1] + share * (effect[i] - effect[i - 1])))

@@ -2,9 +2,24 @@ import numpy as np
 import pytest
 import torch
 
+from sae_utils import TopKSAE
 from sae_utils.lm import run_spliced
 from sae_utils.metrics import kl_divergence
-from sae_utils.steering import direct_logits, latent_effects
+from sae_utils.steering import (
+    CONCEPTS,
+    Add,
+    SetLatent,
+    direct_logits,
+    effects,
+    generate,
+    generation_nats,
+    latent_effects,
+    specificity,
+    steer,
+    success_rate,
+    target_logprob,
+    useful_range,
+)
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -49,3 +64,150 @@ def test_direct_logits_by_hand(tiny_gpt2, tiny_llama):
     wanted = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt() * norm.weight @ head.T
     torch.testing.assert_close(direct_logits(tiny_gpt2, d), wanted, rtol=1e-4, atol=1e-4)
     assert direct_logits(tiny_llama, d).shape == (4, 300)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interventions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sae():
+    torch.manual_seed(0)
+    return TopKSAE(16, 40, k=4).eval()
+
+
+@torch.no_grad()
+def test_a_latent_is_set_with_the_error_kept_or_dropped(sae):
+    x = torch.randn(1, 3, 5, 16)
+    f = sae.encode(x)[0]
+    latents, values = [7, 0, 39], torch.tensor([5.0, 0.0, 1.0])
+    kept, dropped = SetLatent(sae, latents, values)(x), SetLatent(sae, latents, values, keep_error=False)(x)
+    each = SetLatent(sae, latents, values)(x.expand(3, -1, -1, -1))
+    for i, latent in enumerate(latents):
+        wanted = f.clone()
+        wanted[..., latent] = values[i]
+        torch.testing.assert_close(dropped[i], sae.decode(wanted))
+        torch.testing.assert_close(kept[i], x[0] + sae.decode(wanted) - sae.decode(f))
+        torch.testing.assert_close(each[i], kept[i])
+
+
+def test_what_cannot_be_steered_is_said(tiny_gpt2, rows, sae):
+    with pytest.raises(ValueError, match="latent 40: this SAE has latents 0 to 39"):
+        SetLatent(sae, [3, 40])
+    sae.tokens_since_fired[5], sae.dead_after = 100, 50
+    with pytest.raises(ValueError, match="latent 5 is dead"):
+        SetLatent(sae, [4, 5])
+    with pytest.raises(ValueError, match="position 10 is outside the context: allowed are 0 to 9"):
+        next(steer(tiny_gpt2, rows, HOOK, Add(torch.ones(1, 16)), positions=[10]))
+    with pytest.raises(ValueError, match="more than the model's context of 32"):
+        generate(tiny_gpt2, rows, 23, HOOK, Add(torch.ones(1, 16)))
+    with pytest.raises(ValueError, match="contexts for 2 interventions, but there are 3"):
+        next(steer(tiny_gpt2, np.stack([rows, rows]), HOOK, Add(torch.ones(3, 16))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hook_name", [HOOK, "blocks.1.hook_mlp_out"])
+def test_steering_acts_at_the_chosen_positions_alone_and_chunks_change_nothing(tiny_gpt2, rows, hook_name):
+    directions = torch.randn(4, 16)
+    own = np.stack([rows, rows + 1, rows + 2, rows + 3])
+    for contexts in (rows, own):
+        found = [
+            torch.cat(
+                [new for _, _, new, _ in steer(tiny_gpt2, contexts, hook_name, Add(directions), [4], [3, 6], size)]
+            )
+            for size in (1, 2**24)
+        ]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        for i, d in enumerate(directions):
+            push = torch.zeros(10, 16)
+            push[4] = d
+            tokens = torch.from_numpy(contexts if contexts.ndim == 2 else contexts[i])
+            wanted = run_spliced(tiny_gpt2, tokens, hook_name, lambda x, push=push: x + push)[:, [3, 6]]
+            torch.testing.assert_close(found[0][i], wanted, rtol=1e-4, atol=1e-4)
+            clean = tiny_gpt2(tokens)[:, [3, 6]]
+            torch.testing.assert_close(wanted[:, 0], clean[:, 0], rtol=1e-4, atol=1e-4)  # 3 comes before 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures, by hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_measures_by_hand():
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]]))
+    new = torch.log(torch.tensor([[0.125, 0.5, 0.25, 0.125]]))
+    assert target_logprob(logits, new, torch.tensor([1])).item() == pytest.approx(np.log(2))
+    assert target_logprob(logits, new, torch.tensor([1, 2])).item() == pytest.approx(np.log(0.75 / 0.375))
+    # Δ logits 4, 1, 2, 3 of which token 0 is the target: (4 − 2) / sqrt(2/3)
+    delta = torch.tensor([[4.0, 1, 2, 3]])
+    assert specificity(logits, logits + delta, torch.tensor([0])).item() == pytest.approx(2 / (2 / 3) ** 0.5, rel=1e-5)
+    # targets of their own for each intervention
+    two = torch.stack([new, new])
+    found = target_logprob(logits[None], two, torch.tensor([[1], [0]]))
+    assert found.flatten().tolist() == pytest.approx([np.log(2), np.log(0.25)])
+
+
+def test_effect_per_norm_is_the_effect_over_the_length_added(tiny_gpt2, rows):
+    found = effects(tiny_gpt2, rows, HOOK, Add(3.0 * torch.eye(2, 16)), torch.tensor([[5], [6]]), at=[9])
+    assert found["norm"].tolist() == pytest.approx([3, 3])
+    torch.testing.assert_close(found["logprob_per_norm"], found["target_logprob"] / 3)
+    nothing = effects(tiny_gpt2, rows, HOOK, Add(torch.zeros(1, 16)), torch.tensor([[5]]))
+    assert all(abs(float(v)) < 1e-5 for k, v in nothing.items() if k != "specificity")
+
+
+def test_useful_range_by_hand():
+    # perplexity doubles (0.693 nats) halfway between strengths 1 and 2, where the effect is 3
+    nats = [1.0, 1.0 + np.log(2) / 2, 1.0 + 1.5 * np.log(2)]
+    assert useful_range([0, 1, 2], [0, 2, 4], nats, 1.0) == pytest.approx(3)
+    assert useful_range([0, 1, 2], [0, 2, 1], [1, 1, 1], 1.0) == 2  # never breaks: the largest effect
+    assert useful_range([0, 1, 2], [0, 2, 1], nats, 1.0) == 2  # the effect falls before
+    assert useful_range([1, 2], [2, 4], [9, 9], 1.0) == 0
+
+
+def test_concept_checks():
+    passes = {"self": "x = self.y", "docstring": '    """Say', "raise": "raise ValueError", "closed bracket": "a(b))"}
+    fails = {"self": "himself", "docstring": "''", "raise": "praised", "closed bracket": "(a)[b]{c}"}
+    for name, (_, check) in CONCEPTS.items():
+        assert check(passes[name]) and not check(fails[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_cached_generation_is_uncached_generation(request, rows, family, temperature):
+    lm = request.getfixturevalue(f"tiny_{family}")
+    torch.manual_seed(1)
+    edits = [Add(2 * torch.randn(4, 16)), SetLatent(TopKSAE(16, 40, k=4).eval(), [1, 2, 3, 4], 4.0)]
+    for edit in edits:
+        for positions in (None, [2, 12]):  # one in the prompt, one generated
+            kw = dict(temperature=temperature, seed=3)
+            cached = generate(lm, rows, 6, HOOK, edit, positions, **kw)
+            assert torch.equal(cached, generate(lm, rows, 6, HOOK, edit, positions, cached=False, **kw))
+            assert torch.equal(cached, generate(lm, rows, 6, HOOK, edit, positions, at_once=1, **kw))
+    assert cached.shape == (4, 3, 16) and (cached[..., :10] == torch.from_numpy(rows)).all()
+    clean = generate(lm, rows, 6, HOOK, Add(torch.zeros(1, 16)), **kw)
+    steered = generate(lm, rows, 6, HOOK, edits[0], **kw)
+    assert not torch.equal(clean[0], steered[0])
+
+
+@torch.no_grad()
+def test_fluency_is_the_loss_of_the_generated_tokens_alone(tiny_gpt2, rows):
+    texts = torch.from_numpy(np.stack([rows, rows + 1]))
+    found = generation_nats(tiny_gpt2, texts, 7, batch_rows=4)
+    for i in range(2):
+        log_p = tiny_gpt2(texts[i]).log_softmax(-1)
+        by_hand = -torch.stack([log_p[:, p - 1].gather(1, texts[i][:, p : p + 1])[:, 0] for p in (7, 8, 9)]).mean(0)
+        torch.testing.assert_close(found[i], by_hand)
+
+
+def test_success_rate_counts_continuations_only(tiny_gpt2):
+    ids = tiny_gpt2.tokenizer("raise raise x")["input_ids"]
+    text = torch.tensor([[ids, ids]])
+    n = len(tiny_gpt2.tokenizer("raise raise")["input_ids"])
+    assert success_rate(tiny_gpt2, text, n, CONCEPTS["raise"][1]).tolist() == [0]
+    assert success_rate(tiny_gpt2, text, 0, CONCEPTS["raise"][1]).tolist() == [1]
