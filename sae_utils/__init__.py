@@ -6,7 +6,7 @@ Names are imported when first used, so that `sae_utils.sweep` starts without tor
 import importlib
 
 _HOME = {
-    "sae": ["SAE", "SAEOutput", "TopKSAE", "ReluSAE", "GatedSAE", "JumpReluSAE", "to_jumprelu"],
+    "sae": ["SAE", "SAEOutput", "TopKSAE", "GradientSAE", "ReluSAE", "GatedSAE", "JumpReluSAE", "to_jumprelu"],
     "lm": ["load_language_model", "resolve_device"],
     "data": ["tokens", "held_out"],
     "activations": ["ActivationStore"],

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .data import open_array
 from .files import cache_dir, digest, lock
-from .lm import check_hook, check_tokens, run_prefix
+from .lm import check_hook, check_tokens, run_prefix, run_with_gradient
+
+GRAD = ".grad"  # after a hook's name: the gradient there
 
 
 class ActivationStore:
@@ -24,12 +26,22 @@ class ActivationStore:
     hook_names: one name or a list; `x` of a batch is the first, and `batch[name]` each of a list of several.
     dtype: "float16" (an activation over 65,504 is refused: use "bfloat16") or "bfloat16".
     skip_first: leave position 0, an outlier in most models, out of `batches` and `activations`.
+    gradients: store ∇ₓ of the summed next-token loss at the first hook too (`run_with_gradient`; 0 at position 0 and at the
+    last), as `grad` of a batch. Always in bfloat16: gradients are small, and float16 would lose those under 6e-8.
 
     Raises before any work: ValueError for an unknown hook or a context over the model's; OSError if the disk is too small.
     """
 
     def __init__(
-        self, lm, rows: np.ndarray, hook_names, *, dtype: str = "float16", skip_first: bool = True, batch_rows: int = 32
+        self,
+        lm,
+        rows: np.ndarray,
+        hook_names,
+        *,
+        dtype: str = "float16",
+        skip_first: bool = True,
+        batch_rows: int = 32,
+        gradients: bool = False,
     ):
         self.hook_names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
         if dtype not in ("float16", "bfloat16"):
@@ -52,14 +64,15 @@ class ActivationStore:
         self.dtype = getattr(torch, dtype)
         key = digest([weights_hash(lm), hashlib.sha256(np.ascontiguousarray(rows)).hexdigest(), rows.shape, dtype])
         self.path = cache_dir() / "activations" / key
-        missing = [name for name in self.hook_names if not self.file(name).exists()]
+        stored = self.hook_names + ([self.hook_names[0] + GRAD] if gradients else [])
+        missing = [name for name in stored if not self.file(name).exists()]
         if missing:
             with lock(self.path):
                 for leftover in self.path.glob(".*"):  # of a harvest that was killed: we hold the lock
                     shutil.rmtree(leftover, ignore_errors=True)
                 if missing := [name for name in missing if not self.file(name).exists()]:
                     self.harvest(lm, missing, batch_rows)
-        self.maps = {name: self.open(name) for name in self.hook_names}
+        self.maps = {name: self.open(name) for name in stored}
         self.d_in = self.maps[self.hook_names[0]].shape[-1]
 
     def file(self, hook_name: str) -> Path:
@@ -70,11 +83,18 @@ class ActivationStore:
         if array.dtype != np.uint16 or array.shape[:2] != self.rows.shape:
             found = f"{array.dtype}{list(array.shape)}"
             raise ValueError(f"{self.file(hook_name)} holds {found}, not uint16{[*self.rows.shape, 'd_in']}: delete it")
-        return torch.from_numpy(array.view(np.int16)).view(self.dtype)
+        return torch.from_numpy(array.view(np.int16)).view(self.dtype_of(hook_name))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.bfloat16 if name.endswith(GRAD) else self.dtype
 
     def harvest(self, lm, hook_names: list[str], batch_rows: int) -> None:
         """Run the model over all rows and write one memory map a hook; nothing is left behind by a kill or an error."""
-        first = run_prefix(lm, self.tokens(slice(0, 1)), hook_names)
+        wanted = [name.removesuffix(GRAD) for name in hook_names]
+        first = run_prefix(lm, self.tokens(slice(0, 1)), wanted)
+        first = {name: first[hook] for name, hook in zip(hook_names, wanted)}
+        if hook_names[-1].endswith(GRAD):  # logits and their gradients have to fit
+            batch_rows = max(1, min(batch_rows, (1 << 25) // (self.n_ctx * lm.cfg.d_vocab)))
         shapes = {name: (*self.rows.shape, first[name].shape[-1]) for name in hook_names}
         need = sum(2 * int(np.prod(shape)) for shape in shapes.values())
         self.path.mkdir(parents=True, exist_ok=True)
@@ -89,8 +109,8 @@ class ActivationStore:
             maps = {n: np.lib.format.open_memmap(files[n], "w+", np.uint16, shape) for n, shape in shapes.items()}
             for start in range(0, len(self.rows), batch_rows):
                 chunk = slice(start, start + batch_rows)
-                for name, x in run_prefix(lm, self.tokens(chunk), hook_names).items():
-                    stored = x.to(self.dtype)
+                for name, x in self.run(lm, self.tokens(chunk), hook_names).items():
+                    stored = x.to(self.dtype_of(name))
                     if not torch.isfinite(stored).all():
                         raise FloatingPointError(self.why_not_finite(name, x, start))
                     maps[name][chunk] = stored.cpu().view(torch.int16).numpy().view(np.uint16)
@@ -98,8 +118,15 @@ class ActivationStore:
                 maps[name].flush()
                 files[name].replace(self.file(name))
 
+    def run(self, lm, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Activations, and the gradient if it is among the names, from one forward."""
+        if not names[-1].endswith(GRAD):
+            return run_prefix(lm, tokens, names)
+        found, grad = run_with_gradient(lm, tokens, names[:-1], names[-1].removesuffix(GRAD))
+        return found | {names[-1]: grad}
+
     def why_not_finite(self, name: str, x: Tensor, start: int) -> str:
-        i = int((~torch.isfinite(x.to(self.dtype))).flatten(1).any(1).nonzero()[0])
+        i = int((~torch.isfinite(x.to(self.dtype_of(name)))).flatten(1).any(1).nonzero()[0])
         if torch.isfinite(x[i]).all():
             reason = (
                 f"reaches {x[i].abs().max():.3g} in row {start + i}, too large for {self.dtype}: use dtype='bfloat16'"
@@ -126,7 +153,7 @@ class ActivationStore:
         batch = {name: x.to(self.device).float() for name, x in batch.items()}
         about = {"row": row, "position": position, "tokens": self.rows[row, position].astype(np.int64)}
         batch |= {key: torch.from_numpy(value).to(self.device) for key, value in about.items()}
-        return {"x": batch[self.hook_names[0]]} | batch
+        return self.named(batch)
 
     def take_rows(self, rows) -> dict[str, Tensor]:
         """Whole rows: x [n, n_ctx, d_in] fp32 (position 0 included), tokens [n, n_ctx], row [n], position [n_ctx]."""
@@ -134,7 +161,12 @@ class ActivationStore:
         batch = {name: m.index_select(0, index).to(self.device).float() for name, m in self.maps.items()}
         about = {"tokens": self.tokens(np.asarray(rows)), "row": index, "position": torch.arange(self.n_ctx)}
         batch |= {key: value.to(self.device) for key, value in about.items()}
-        return {"x": batch[self.hook_names[0]]} | batch
+        return self.named(batch)
+
+    def named(self, batch: dict) -> dict:
+        """The first hook's activation as `x`, its gradient, if stored, as `grad`."""
+        first = self.hook_names[0]
+        return {"x": batch[first]} | {"grad" if name == first + GRAD else name: v for name, v in batch.items()}
 
     def batches(self, batch_size: int, seed: int = 0, whole_rows: bool = False) -> "Batches":
         """Endless shuffled batches: of `batch_size` activations, or of `batch_size` whole rows."""

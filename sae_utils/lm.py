@@ -144,6 +144,29 @@ def run_spliced(lm, tokens: Tensor, hook_name: str, replace, hooks=()) -> Tensor
         return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, splice), *hooks])
 
 
+def run_with_gradient(lm, tokens: Tensor, hook_names: list[str], at: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Activations at the hooks, and g = ∇ₓ Σ next-token loss at hook `at` (nats; summed, so a batch's size does not scale it).
+
+    One forward, one backward through what comes after `at`; all [batch, n_ctx, d_in]. The gradient is 0 at position 0, an
+    outlier, and at the last position, which predicts nothing that is known.
+    """
+    for name in {*hook_names, at}:
+        check_hook(lm, name)
+    check_tokens(lm, tokens)
+    found: dict[str, Tensor] = {}
+
+    def leaf(activation, hook):
+        found["leaf"] = activation.detach().requires_grad_()
+        return found["leaf"].clone()
+
+    keep = [(name, lambda x, hook, name=name: found.__setitem__(name, x.detach())) for name in hook_names]
+    with torch.enable_grad():
+        loss = token_loss(lm.run_with_hooks(tokens, fwd_hooks=[*keep, (at, leaf)]), tokens).sum()
+        grad = torch.autograd.grad(loss, found.pop("leaf"))[0].flatten(2)
+    grad[:, 0] = grad[:, -1] = 0
+    return {name: x.flatten(2) for name, x in found.items()}, grad
+
+
 def later_layers(lm, hook_name: str) -> list[str]:
     """resid_pre of the layers after a hook; not the hook itself under another name, and not the final resid_post."""
     at = re.match(r"blocks\.(\d+)\.(.*)", hook_name)

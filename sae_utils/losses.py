@@ -121,6 +121,43 @@ def jumprelu_loss(
     return {"loss": fvu + warmed(coefficient, warmup, batch) * penalty, "fvu": fvu, "l0": l0}
 
 
+def with_gradient(sae, batch, use_in_selection: bool):
+    """(x [batch, d_in], grad likewise, output); ValueError if the stream gives no gradient."""
+    if not isinstance(batch, dict) or batch.get("grad") is None:
+        raise ValueError("batch has no 'grad': make the store with gradients=True")
+    x, g = sae.rows(batch["x"]), sae.rows(batch["grad"]).detach()
+    if len(x) != len(g):
+        raise ValueError(
+            f"grad has shape {list(batch['grad'].shape)}: it has to be that of x, {list(batch['x'].shape)}"
+        )
+    return x, g, sae(x, g if use_in_selection else None)
+
+
+def attribution_loss(sae, batch, alpha: float = 0.1, use_in_selection: bool = False) -> dict[str, Tensor]:
+    """Batch FVU + α · A, A = Σ|(x − x̂) ⊙ g| / Σ|(x − x̄) ⊙ g|: what a coordinate's error does to the loss, to first order.
+
+    Sums over the batch and d_in; both terms are over what the mean x̄ would leave, so α has no units (ours). Without AuxK.
+    `use_in_selection` hands g to the SAE as well, so that selection and loss can be told apart.
+    """
+    x, g, out = with_gradient(sae, batch, use_in_selection)
+    fvu = batch_fvu(x, out.x_hat)
+    unit = ((x - x.mean(0)) * g).abs().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    attribution = ((x - out.x_hat) * g).abs().sum() / unit
+    return {"loss": fvu + alpha * attribution, "fvu": fvu, "attribution": attribution, "l0": l0_of(out, len(x))}
+
+
+def gradient_weighted_loss(sae, batch, alpha: float = 0.1, use_in_selection: bool = False) -> dict[str, Tensor]:
+    """Batch FVU + α · Σ((x − x̂) ⊙ g)² / Σ((x − x̄) ⊙ g)²: squared errors weighted by how sensitive the loss is (ours).
+
+    Reductions as in `attribution_loss`.
+    """
+    x, g, out = with_gradient(sae, batch, use_in_selection)
+    fvu = batch_fvu(x, out.x_hat)
+    unit = ((x - x.mean(0)) * g).square().sum().clamp_min(torch.finfo(x.dtype).tiny)
+    weighted = ((x - out.x_hat) * g).square().sum() / unit
+    return {"loss": fvu + alpha * weighted, "fvu": fvu, "weighted": weighted, "l0": l0_of(out, len(x))}
+
+
 def __getattr__(name):
     """The end-to-end objectives stand in a module of their own: they need the language model, on which nothing here depends."""
     if name in ("e2e_loss", "e2e_downstream_loss"):

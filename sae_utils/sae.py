@@ -6,12 +6,23 @@ Every class centres its input by `b_dec` and returns the same `SAEOutput`. In tr
 counters; in eval mode it uses the inference rule. An fp32 SAE computes in fp32.
 """
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .sparse import Active, at, densify, encode_at, pre_activations, relu_encode, sparse_decode, topk_encode
+from .sparse import (
+    Active,
+    at,
+    densify,
+    encode_at,
+    gradient_encode,
+    pre_activations,
+    relu_encode,
+    sparse_decode,
+    topk_encode,
+)
 
 
 @dataclass
@@ -152,12 +163,65 @@ class TopKSAE(SAE):
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
         rows = self.rows(x)
-        values, active = topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k)
+        values, active = self.select(rows, grad)
         x_hat = sparse_decode(values, active, self.W_dec) + self.b_dec
         if self.training:
             self.count(active.indices[values > 0], len(rows))
         shape = len(rows), self.k
         return SAEOutput(x_hat.view(x.shape), values.view(shape), active.indices.view(shape), active=active)
+
+    def select(self, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, Active]:
+        """Values [batch · k] and where they are."""
+        return topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k)
+
+
+class GradientSAE(TopKSAE):
+    """TopK that prefers latents to which the model's loss is sensitive (arXiv 2411.10397; our reading, no code is public).
+
+        latents = z on the k largest of z (1 + β |W_dec g| / m),    z = relu((x − b_dec) W_enc + b_enc),    g = ∇ₓ loss
+
+    `grad`: g shaped like x, a constant; a row of zeros (masked) is selected as in TopK. m = `gradient_scale` is a running mean
+    of |W_dec g| over latents and tokens with a gradient (0.99 of the old, 0.01 of each training batch; ours), so that β has no
+    units. Before any training batch, m is the mean of the batch at hand. Without `grad`, in `encode`, or with β = 0: plain TopK.
+
+    Raises ValueError for a grad of another shape or β < 0, FloatingPointError for NaN or inf; all zeros give a UserWarning.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, k: int = 32, beta: float = 1.0):
+        super().__init__(d_in, d_sae, k)
+        if not 0 <= beta < float("inf"):
+            raise ValueError(f"beta={beta!r}: the weight of the gradient has to be a number of at least 0")
+        self.beta = beta
+        self.register_buffer("gradient_scale", torch.tensor(0.0))
+
+    @property
+    def arguments(self) -> dict:
+        return super().arguments | {"beta": self.beta}
+
+    def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
+        if grad is not None and grad.shape != x.shape:
+            raise ValueError(f"grad has shape {list(grad.shape)}: it has to be that of x, {list(x.shape)}")
+        return super().forward(x, grad)
+
+    def select(self, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, Active]:
+        if grad is None or not self.beta:
+            return super().select(rows, None)
+        g = self.rows(grad).detach()
+        n = int((g != 0).any(1).sum()) * self.d_sae  # a NaN counts as well
+        if not torch.isfinite(g.sum()):
+            raise FloatingPointError("grad holds NaN or infinite values: the model's loss has no usable gradient there")
+        if not n:
+            warnings.warn("grad is zero for every token of the batch: the selection is plain TopK's")
+            return super().select(rows, None)
+        scale = self.gradient_scale.clone()
+        if not scale:
+            scale = sum((part @ self.W_dec.detach().T).abs().sum() for part in g.split(1024)) / n
+        weight = self.beta / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        weights = self.W_enc, self.b_enc, self.b_dec
+        values, active, total = gradient_encode(rows, *weights, self.k, g, self.W_dec, weight)
+        if self.training:
+            self.gradient_scale.copy_(scale.lerp((total / n).to(scale.dtype), 0.01))
+        return values, active
 
 
 class ReluSAE(SAE):

@@ -264,6 +264,31 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) 
     return Encode.apply(x, W_enc, b_enc, b_dec, centred, values.flatten(), active).relu(), active
 
 
+def gradient_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, grad: Tensor, W_dec: Tensor, weight
+) -> tuple[Tensor, Active, Tensor]:
+    """Like `topk_encode`, but the k are largest in z (1 + weight · |W_dec g|), g = grad [batch, d_in]; the values stay z.
+
+    As a third result the sum of |W_dec g| over tokens and latents. One product more than TopK; no gradient reaches the score.
+    """
+    half = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    d_sae = W_enc.shape[1]
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        centred, found, total = x - b_dec, [], 0.0
+        W, b, D = W_enc.to(half), b_enc.to(half), W_dec.T.to(half)
+        for part, g in zip(*(t.to(half).split(max(1, WORKSPACE // (2 * d_sae))) for t in (centred, grad))):
+            z, effect = workspace((2 * len(part), d_sae), half, x.device).split(len(part))
+            torch.addmm(b, part, W, out=z)
+            torch.mm(g, D, out=effect).abs_()
+            total = total + effect.sum(dtype=torch.float32)
+            columns = largest(effect.mul_(weight).add_(1).mul_(z), k)[1]
+            found.append((z.gather(1, columns).to(x.dtype), columns))
+        values, columns = map(torch.cat, zip(*found))
+        offsets = torch.arange(0, columns.numel() + 1, k, device=x.device)
+        active = Active(columns.flatten(), offsets, d_sae)
+    return Encode.apply(x, W_enc, b_enc, b_dec, centred, values.flatten(), active).relu(), active, total
+
+
 def relu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> tuple[Tensor, Active | None]:
     """relu((x − b_dec) W_enc + b_enc): the positive values, flat, and where they are, if few are positive; else dense, and None.
 
