@@ -50,9 +50,9 @@ def file_hash(*paths: Path, length: int = 64) -> str:
 
 
 @functools.cache
-def source_hash() -> str:
-    """Hash of the `sae_utils` sources as they are on disk when first asked for."""
-    return file_hash(*sorted(PACKAGE.rglob("*.py")), length=16)
+def source_hashes() -> dict[str, str]:
+    """Hash of each `sae_utils` source file as it is on disk when first asked for."""
+    return {path.name: file_hash(path, length=16) for path in sorted(PACKAGE.glob("*.py"))}
 
 
 def model_hash(model: str) -> str:

@@ -2,8 +2,8 @@
 
 A run lives in `<output_dir>/<notebook>/<run_id>/`: `manifest.json` says how it was made and whether it `finished`,
 `metrics.json` what came out, `saes/`, `figures/` and `checkpoints/` hold the rest. `run_id` names what determines the
-result: the notebook's code, its parameters, the text and the language model. The `sae_utils` sources are not in it; a run
-made by other sources is found, and known to be *stale*.
+result: the notebook's code, its parameters, the text and the language model. The `sae_utils` sources are not in it: the manifest
+has a hash of every module that the run loaded, and a run made by other sources is found, and known to be *stale*.
 
 Imports no torch, so that the sweep runner can use it.
 """
@@ -27,7 +27,7 @@ import numpy as np
 from filelock import Timeout
 
 from .data import corpus_hash
-from .files import OUTPUTS, ROOT, digest, lock, model_hash, read_json, replacing, source_hash, write_json
+from .files import OUTPUTS, ROOT, digest, lock, model_hash, read_json, replacing, source_hashes, write_json
 
 REFERENCE = OUTPUTS / "reference" / "runs"
 TYPES = re.compile(r"(bool|int|float|str|list|dict)|list\[(bool|int|float|str)\]")
@@ -181,13 +181,12 @@ class Run:
 
     def stale(self) -> str:
         """Why the run no longer is what its code would give, or `""`."""
-        sources = source_hash()
-        if self.manifest["sources"] != sources:
-            return "made by other sae_utils sources"
+        if changed := changed_sources(self.manifest["sources"]):
+            return f"made by other sae_utils sources ({changed})"
         for required, made_by in self.manifest["requires"].items():
             path = notebooks_dir() / f"{required.split('/')[0]}.ipynb"
-            if made_by["sources"] != sources:
-                return f"required {required}, which other sae_utils sources made"
+            if changed := changed_sources(made_by["sources"]):
+                return f"required {required}, which other sae_utils sources made ({changed})"
             if not path.is_file() or made_by["code"] != code_hash(path):
                 return f"required {required}, whose notebook has changed since"
         return ""
@@ -213,10 +212,19 @@ class Run:
         if "torch" in sys.modules and not self.seeded_torch:
             raise RuntimeError("torch was imported after start_run, so the seed never reached it: import it before")
         write_json(self.dir / "metrics.json", plain(metrics))
-        self.manifest |= {"finished": True, "wall_seconds": round(time.monotonic() - self.started, 2)}
+        loaded = {f"{name.removeprefix('sae_utils.')}.py" for name in sys.modules if name.startswith("sae_utils.")}
+        sources = {name: value for name, value in self.manifest["sources"].items() if name in loaded}
+        seconds = round(time.monotonic() - self.started, 2)
+        self.manifest |= {"finished": True, "sources": sources, "wall_seconds": seconds}
         write_json(self.dir / "manifest.json", self.manifest)
         shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
         self.lock.release()
+
+
+def changed_sources(made_by: dict) -> str:
+    """Those of the source files that are no longer as they were, `"sae.py, lm.py"`, or `""`."""
+    now = source_hashes()
+    return ", ".join(name for name, value in made_by.items() if now.get(name) != value)
 
 
 def start_run(name: str, namespace: dict) -> Run:
@@ -263,7 +271,7 @@ def start_run(name: str, namespace: dict) -> Run:
         "finished": False,
         "requires": {},
         "code": code_hash(path),
-        "sources": source_hash(),
+        "sources": source_hashes(),  # `finish` leaves those that were loaded
         **{f"{kind}_hash": value for kind, value in input_hashes(params).items()},
         "device": device,
         **environment(),

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import digest, replacing, source_hash
+from .files import digest, replacing, source_hashes
 from .losses import as_batch, reconstruction_loss
 
 
@@ -279,7 +279,7 @@ def save_checkpoint(path, jobs, optimizers, signature: str, step: int, history: 
     for name, (sae, _) in jobs.items():
         tensors |= {f"{name}/{key}": value for key, value in sae.state_dict().items()}
         tensors |= {f"{name}/adam/{key}": value for key, value in optimizers[name].state().items()}
-    about = {"signature": signature, "sources": source_hash(), "step": step, "history": history}
+    about = {"signature": signature, "sources": digest(source_hashes()), "step": step, "history": history}
     about["dead_after"] = {name: sae.dead_after for name, (sae, _) in jobs.items()}
     with replacing(path) as new:
         save_file({k: v.contiguous() for k, v in tensors.items()}, new, {"training": json.dumps(about)})
@@ -299,7 +299,7 @@ def load_checkpoint(path, jobs, optimizers, signature: str) -> tuple[int, list[d
         raise ValueError(
             f"{path} is the checkpoint of another training: give this one its own path, or delete the file"
         )
-    if about["sources"] != source_hash():
+    if about["sources"] != digest(source_hashes()):
         warnings.warn(f"{path} was made by other sae_utils sources: training starts anew")
         return 0, []
     for name, (sae, _) in jobs.items():

@@ -123,7 +123,12 @@ def test_a_run_from_start_to_finish(notebook, tmp_path):
     manifest = found.manifest
     assert manifest["finished"] and manifest["seed"] == 3 and manifest["wall_seconds"] >= 0
     assert manifest["versions"]["numpy"] == np.__version__ and manifest["versions"]["torch"]
-    assert set(manifest) >= {"sources", "git_commit", "git_dirty", "device", "corpus_hash", "model_hash", "requires"}
+    assert (
+        {"runs.py", "files.py"}
+        <= set(manifest["sources"])
+        == {f"{name.removeprefix('sae_utils.')}.py" for name in sys.modules if name.startswith("sae_utils.")}
+    )
+    assert set(manifest) >= {"git_commit", "git_dirty", "device", "corpus_hash", "model_hash", "requires"}
 
     again = start_run("01_toy", run.parameters)
     assert (random.random(), np.random.rand()) == drawn
@@ -151,7 +156,7 @@ def test_only_the_unfinished_run_of_the_same_sources_keeps_its_checkpoints(noteb
     run = start_run("01_toy", params)
     run.checkpoint("topk").mkdir(parents=True)
     assert start_run("01_toy", params).checkpoint("topk").exists()
-    write_json(run.dir / "manifest.json", run.manifest | {"sources": "other"})
+    write_json(run.dir / "manifest.json", run.manifest | {"sources": {"sae.py": "other"}})
     assert not start_run("01_toy", params).checkpoint("topk").exists()
 
 
@@ -182,11 +187,12 @@ def test_a_run_is_stale_if_its_sources_or_those_of_a_required_run_or_its_noteboo
     notebook("01_toy", code="x = 'changed'")
     assert "whose notebook has changed" in find_run("02_toy", params).stale()
     manifest = json.loads((run.dir / "manifest.json").read_text())
-    manifest["requires"][f"01_toy/{required.id}"]["sources"] = "other"
+    manifest["requires"][f"01_toy/{required.id}"]["sources"] = {"runs.py": "other"}
     write_json(run.dir / "manifest.json", manifest)
-    assert find_run("02_toy", params).stale() == f"required 01_toy/{required.id}, which other sae_utils sources made"
-    write_json(run.dir / "manifest.json", manifest | {"sources": "other"})
-    assert find_run("02_toy", params).stale() == "made by other sae_utils sources"
+    required_stale = f"required 01_toy/{required.id}, which other sae_utils sources made (runs.py)"
+    assert find_run("02_toy", params).stale() == required_stale
+    write_json(run.dir / "manifest.json", manifest | {"sources": {"runs.py": "other", "gone.py": "any"}})
+    assert find_run("02_toy", params).stale() == "made by other sae_utils sources (gone.py, runs.py)"
 
 
 def test_reference_runs_count_where_no_saes_are_needed(notebook, tmp_path):

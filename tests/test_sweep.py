@@ -188,16 +188,16 @@ def test_a_run_is_found_not_repeated_unless_stale_and_equal_seeds_give_equal_byt
     assert (done.dir / "notebook.ipynb").exists()
     assert log() == ["01_toy 8 5"], "the second call found the run"
 
-    write_json(done.dir / "manifest.json", done.manifest | {"sources": "other"})
+    write_json(done.dir / "manifest.json", done.manifest | {"sources": {"runs.py": "other"}})
     first = (done.dir / "metrics.json").read_bytes()
     capsys.readouterr()
     assert sweep.run("01_toy", {"flag": False, "seed": 5}, keep_stale=True).id == done.id
-    assert "stale (made by other sae_utils sources), kept" in capsys.readouterr().out
+    assert "stale (made by other sae_utils sources (runs.py)), kept" in capsys.readouterr().out
     path = toml(tmp_path, "[01_toy]\nflag = false\nseed = 5\n")
     main(path, "--dry-run")
     main(path, "--dry-run", "--keep-stale")
     assert capsys.readouterr().out.splitlines() == [
-        "stale (made by other sae_utils sources)  01_toy flag=False seed=5",
+        "stale (made by other sae_utils sources (runs.py))  01_toy flag=False seed=5",
         "nothing to do",
     ]
     assert len(log()) == 1
