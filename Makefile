@@ -1,4 +1,4 @@
-# make run · test · lab: each sets up .venv with the exact versions of requirements.txt if need be. `make interop` has an
+# make run · test · lab · reference: each sets up .venv with the exact versions of requirements.txt if need be. `make interop` has an
 # environment of its own, for SAELens.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ ENGINE ?= local
 # threads that wait without spinning: otherwise a second busy process makes everything several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test lab bench lint interop
+.PHONY: run test lab reference bench lint interop
 
 run: $(VENV)/ready
 	$(BIN)/python -m sae_utils.sweep $(SWEEP) --engine $(ENGINE)
@@ -18,6 +18,11 @@ test: lint $(VENV)/optional
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab notebooks
+
+# interrupted and started again it repeats no finished run; what finished is collected whether or not all did
+reference: $(VENV)/ready
+	$(BIN)/python -m sae_utils.sweep sweeps/reference.toml --engine $(ENGINE); \
+	status=$$?; $(BIN)/python -m sae_utils.claims collect && exit $$status
 
 # the public libraries are measured beside ours where `make interop` has installed them
 bench: $(VENV)/ready

@@ -1,0 +1,383 @@
+"""What the five papers claim, and what the reference runs say to it: values per seed, an interval, a verdict.
+
+    python -m sae_utils.claims                         print the table of the runs that are there
+    python -m sae_utils.claims collect [SWEEP.toml]    copy them to outputs/reference/, write claims.json, claims.md, the README
+
+Every claim reads one number per seed from the `metrics.json` of a notebook's runs, compares its mean over seeds with a bound fixed
+here, before the runs, and is judged by the 95% t-interval of that mean. A seed on which something was tuned is left out.
+Imports no torch.
+"""
+
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from . import runs, sweep
+from .files import ROOT, digest, read_json, replacing, write_json
+
+SWEEP = ROOT / "sweeps" / "reference.toml"
+README = ROOT / "README.md"
+MARKED = re.compile(r"(<!-- claims: written by `make reference` -->\n)(.*?)(<!-- end of claims -->)", re.DOTALL)
+ENOUGH = 3  # seeds; with fewer there is no verdict
+KEYS = "paper claim metric values mean sd n comparison interval controls verdict run_ids".split()
+TUNED_ON = {
+    "02_train_gated": 0,
+    "03_train_e2e": 0,
+    "04_train_gsae": 0,
+}  # notebook: the seed on which lr, λ or β were chosen
+FIGURES = {  # those that the README shows, of seed 0
+    "02_train_gated": "pareto",
+    "03_train_e2e": "pareto",
+    "04_train_gsae": "beta",
+    "05_train_adaptive": "pareto",
+    "06_dark_matter": "fvu_against_width",
+    "08_compare": "pareto",
+}
+
+
+class Claim(NamedTuple):
+    """A number and what it is said to be.
+
+    value: where the number is in metrics.json, `"a/b"` for ["a"]["b"]; `"a/b - c"` and `"a/b over c"` combine two of one run.
+    expected: (">", bound), ("<", bound), or ("=", bound, margin): the mean lies within bound ± margin.
+    controls: {what it shows: value}, reported beside it and not judged.
+    """
+
+    paper: str
+    claim: str
+    notebook: str
+    value: str
+    expected: tuple
+    controls: dict = {}
+
+
+# fmt: off
+CLAIMS = [
+    # 2404.16014, Gated SAEs, at L0 8, the shared budget; the ReLU baseline has 1.5 times the latents
+    Claim("2404.16014", "Gated reconstructions are unbiased: γ is 1 ± .02", "02_train_gated",
+          "gamma_gated_l0_8", ("=", 1, 0.02), {"about the mean": "gamma_centred_gated_l0_8"}),
+    Claim("2404.16014", "L1 shrinks: γ of ReLU (about the mean) is below 1", "02_train_gated",
+          "gamma_centred_relu_l0_8", ("<", 1), {"as in the paper": "gamma_relu_l0_8"}),
+    Claim("2404.16014", "Gated recovers more of the loss than ReLU at equal L0", "02_train_gated",
+          "ce_recovered_mean_gated_l0_8 - ce_recovered_mean_relu_l0_8", (">", 0),
+          {"against zero ablation": "ce_recovered_zero_gated_l0_8 - ce_recovered_zero_relu_l0_8",
+           "FVU": "fvu_gated_l0_8 - fvu_relu_l0_8",
+           "ReLU rescaled": "ce_recovered_mean_gated_l0_8 - ce_recovered_mean_rescaled_l0_8"}),
+    Claim("2404.16014", "Gated needs about half of ReLU's latents for the same loss: ReLU's L0 is 1.5 to 2.5 times Gated's", "02_train_gated",
+          "l0_ratio_l0_8", ("=", 2, 0.5)),
+    Claim("2404.16014", "Rescaling and shifting a trained ReLU SAE closes less than half of its gap to Gated", "02_train_gated",
+          "gap_closed_l0_8", ("<", 0.5)),
+    Claim("2404.16014", "Not stopping the decoder in the auxiliary term hurts", "02_train_gated",
+          "ce_recovered_mean_decoder_not_stopped_less_gated", ("<", 0), {"FVU": "fvu_decoder_not_stopped_less_gated"}),
+    Claim("2404.16014", "Leaving out r_mag hurts", "02_train_gated",
+          "ce_recovered_mean_no_r_mag_less_gated", ("<", 0), {"FVU": "fvu_no_r_mag_less_gated"}),
+    Claim("2404.16014", "Untying the encoders hurts", "02_train_gated",
+          "ce_recovered_mean_encoders_not_tied_less_gated", ("<", 0), {"FVU": "fvu_encoders_not_tied_less_gated"}),
+    # 2405.12241, end to end, at k = 8, with TopK in place of ReLU
+    Claim("2405.12241", "At equal L0 e2e has less than 45% of local's CE increase", "03_train_e2e",
+          "e2e_to_local", ("<", 0.45)),
+    Claim("2405.12241", "At equal L0 e2e+ds has less than 45% of local's CE increase", "03_train_e2e",
+          "e2e_ds_to_local", ("<", 0.45)),
+    Claim("2405.12241", "For the CE of e2e, local needs more than twice the L0", "03_train_e2e",
+          "l0_local_needs/e2e over k", (">", 2), {"e2e+ds": "l0_local_needs/e2e+ds over k"}),
+    Claim("2405.12241", "Fewer latents of e2e are alive than of local", "03_train_e2e",
+          "alive/e2e - alive/local", ("<", 0), {"e2e+ds": "alive/e2e+ds - alive/local"}),
+    Claim("2405.12241", "Reconstructions of e2e are shorter than those of local", "03_train_e2e",
+          "downstream/e2e/norm_ratio - downstream/local/norm_ratio", ("<", 0),
+          {"e2e+ds": "downstream/e2e+ds/norm_ratio - downstream/local/norm_ratio"}),
+    Claim("2405.12241", "Latents of local are more crowded (mean of the largest cosine within) than those of e2e", "03_train_e2e",
+          "geometry/within: local − e2e/0", (">", 0), {"e2e+ds": "geometry/within: local − e2e+ds/0"}),
+    Claim("2405.12241", "Two seeds of local agree more (mean of the largest cosine between) than two of e2e", "03_train_e2e",
+          "across_seeds/local/0 - across_seeds/e2e/0", (">", 0),
+          {"local − e2e+ds": "across_seeds/local/0 - across_seeds/e2e+ds/0"}),
+    Claim("2503.17272", "Fine-tuning on the KL for the last tenth of the tokens takes 20 to 50% off local's CE increase", "03_train_e2e",
+          "gap_closed_by_tuning", ("=", 0.35, 0.15)),
+    # 2411.10397, g-SAE, gradient in training only (the fair arm); β from validation files
+    Claim("2411.10397", "g-SAE has a lower CE increase than TopK at equal k", "04_train_gsae",
+          "arms/(b) train only/ce_increase - arms/TopK/ce_increase", ("<", 0),
+          {"shuffled gradients − TopK": "arms/shuffled/ce_increase - arms/TopK/ce_increase"}),
+    Claim("2411.10397", "That gain is the gradient's: g-SAE has a lower CE increase than with gradients of other tokens", "04_train_gsae",
+          "arms/(b) train only/ce_increase - arms/shuffled/ce_increase", ("<", 0),
+          {"KL": "arms/(b) train only/kl - arms/shuffled/kl"}),
+    Claim("2411.10397", "g-SAE has a lower KL than TopK at equal k", "04_train_gsae",
+          "arms/(b) train only/kl - arms/TopK/kl", ("<", 0), {"FVU": "arms/(b) train only/fvu - arms/TopK/fvu"}),
+    Claim("2411.10397", "g-SAE has fewer dead latents than TopK", "04_train_gsae",
+          "arms/(b) train only/dead_fraction - arms/TopK/dead_fraction", ("<", 0),
+          {"shuffled gradients − TopK": "arms/shuffled/dead_fraction - arms/TopK/dead_fraction"}),
+    Claim("2411.10397", "Latents of g-SAE steer better than TopK's in arbitrary contexts, at matched fluency", "07_steering",
+          "useful_arbitrary/g-SAE - useful_arbitrary/TopK", (">", 0),
+          {"random directions − TopK": "useful_arbitrary/random - useful_arbitrary/TopK",
+           "own contexts": "useful_own/g-SAE - useful_own/TopK"}),
+    Claim("2411.10397", "Latents of g-SAE are as interpretable as TopK's: F1 of a rule within .02", "08_compare",
+          "f1/g-SAE - f1/TopK", ("=", 0, 0.02), {"rule of another latent": "f1_shuffled/TopK", "random directions": "f1/random"}),
+    # 2410.14670, dark matter
+    Claim("2410.14670", "About half of the error is a linear function of x: R² is .4 to .6", "06_dark_matter",
+          "r2_error", ("=", 0.5, 0.1), {"Gaussian data": "r2_error_gaussian"}),
+    Claim("2410.14670", "More than 90% of the variance of the error's squared norm is linearly predictable", "06_dark_matter",
+          "r2_norm", (">", 0.9), {"‖x‖² alone": "r2_norm_from_x_norm"}),
+    Claim("2410.14670", "FVU_nonlinear falls less from the narrowest to the widest SAE than half of FVU does", "06_dark_matter",
+          "fvu_nonlinear_fall over fvu_fall", ("<", 0.5)),
+    Claim("2410.14670", "Per-token error norms of one width predict those of another: R² is above .5", "06_dark_matter",
+          "r2_across_widths", (">", 0.5)),
+    # 2411.02124, Mutual and Feature Choice
+    Claim("2411.02124", "Mutual Choice has a lower FVU than TopK at equal realised L0", "05_train_adaptive",
+          "fvu_mutual - fvu_topk", ("<", 0)),
+    Claim("2411.02124", "Feature Choice has a lower FVU than TopK at equal realised L0", "05_train_adaptive",
+          "fvu_feature - fvu_topk", ("<", 0)),
+    Claim("2411.02124", "Mutual Choice has fewer dead latents than TopK", "05_train_adaptive",
+          "dead_mutual - dead_topk", ("<", 0)),
+    Claim("2411.02124", "Feature Choice has no dead latents under its thresholds", "05_train_adaptive",
+          "dead_feature", ("=", 0, 0.001)),
+]
+# fmt: on
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One claim
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read(metrics: dict, value: str) -> float | None:
+    """The number that `value` names (see `Claim`), None where the run found none; KeyError if there is no such name."""
+    for word, combine in {" - ": lambda a, b: a - b, " over ": lambda a, b: a / b if b else None}.items():
+        if word in value:
+            a, b = (read(metrics, part) for part in value.split(word))
+            return None if a is None or b is None else combine(a, b)
+    found = metrics
+    for key in value.split("/"):
+        names = range(len(found)) if isinstance(found, list) else found
+        key = int(key) if isinstance(found, list) else key
+        if key not in names:
+            raise KeyError(f"metrics have no {value!r}: at {key!r} there is {', '.join(map(str, names))}")
+        found = found[key]
+    return found
+
+
+def t_quantile(df: int, level: float = 0.95) -> float:
+    """Half-width of the central interval of Student's t that holds `level`: with t = √df tan θ its density is ∝ cos^(df−1) θ."""
+    theta = np.linspace(0, np.pi / 2, 200_001)
+    density = np.cos(theta) ** (df - 1)
+    mass = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return float(math.sqrt(df) * np.tan(np.interp(level, mass / mass[-1], theta)))
+
+
+def summary(values) -> dict:
+    """mean, sd (n − 1), n and the 95% t-interval of the mean, over the seeds that have a value; None where undefined."""
+    known = [v for v in values if v is not None]
+    n = len(known)
+    mean = float(np.mean(known)) if n else None
+    sd = float(np.std(known, ddof=1)) if n > 1 else None
+    half = t_quantile(n - 1) * sd / math.sqrt(n) if n > 1 else None
+    interval = [None, None] if half is None else [mean - half, mean + half]
+    return {"mean": mean, "sd": sd, "n": n, "interval": interval}
+
+
+def verdict(interval, expected) -> str:
+    """`"holds"` if the whole interval is where it is expected, `"fails"` if none of it is, else `"undecided"`."""
+    low, high = interval
+    relation, bound, *margin = expected
+    if low is None:
+        return "undecided"
+    least = {">": bound, "<": -math.inf, "=": bound - sum(margin)}[relation]
+    most = {">": math.inf, "<": bound, "=": bound + sum(margin)}[relation]
+    if least < low and high < most:
+        return "holds"
+    return "fails" if high <= least or low >= most else "undecided"
+
+
+def judge(claim: Claim, of_seed: dict[int, runs.Run]) -> dict:
+    """The row of claims.json for one claim, from the runs of its notebook by seed."""
+    left_out = TUNED_ON.get(claim.notebook)
+    judged = [of_seed[seed] for seed in sorted(of_seed) if seed != left_out]
+
+    def over_seeds(value):
+        return [read(run.metrics, value) for run in judged]
+
+    values = over_seeds(claim.value)
+    found = summary(values)
+    enough = found["n"] >= ENOUGH and None not in values
+    relation, bound, *margin = claim.expected
+    kind = (
+        "difference within each seed"
+        if " - " in claim.value
+        else "ratio within each seed"
+        if " over " in claim.value
+        else "value of each seed"
+    )
+    said = f"{kind}; 95% t-interval of the mean over seeds, expected {relation} {bound:g}"
+    said += "".join(f" ± {m:g}" for m in margin) + (
+        f"; without seed {left_out}, tuned on" if left_out in of_seed else ""
+    )
+    row = found | {
+        "paper": claim.paper,
+        "claim": claim.claim,
+        "metric": f"{claim.notebook}: {claim.value}",
+        "values": values,
+        "comparison": said,
+        "controls": {name: summary(over_seeds(value)) | {"metric": value} for name, value in claim.controls.items()},
+        "verdict": verdict(found["interval"], claim.expected) if enough else "undecided",
+        "run_ids": [f"{run.name}/{run.id}" for run in judged],
+    }
+    return {key: row[key] for key in KEYS}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reference_runs(path=SWEEP) -> dict[str, dict[int, runs.Run]]:
+    """{notebook: {seed: run}}: the finished runs of a sweep, those in outputs/ and those committed under outputs/reference/runs/.
+
+    Seeds are compared only where they alone differ. Of a notebook with runs of several versions (other code, parameters, sources,
+    text or model) the version with most seeds counts, and of equally many the one that the sweep would make now.
+    """
+    now = [runs.find_run(name, params, needs_saes=False) for name, params in sweep.planned(path)]
+    committed = [run_at(file.parent) for file in sorted(runs.REFERENCE.glob("*/*/manifest.json"))]
+    versions: dict[str, dict[str, dict]] = {}
+    for run in filter(None, [*now, *committed]):
+        versions.setdefault(run.name, {}).setdefault(version(run.manifest), {}).setdefault(run.manifest["seed"], run)
+    return {name: max(of_version.values(), key=len) for name, of_version in versions.items()}
+
+
+def run_at(directory) -> runs.Run:
+    return runs.Run(directory, read_json(directory / "manifest.json"))
+
+
+def version(manifest) -> str:
+    """What all seeds of a comparison have in common."""
+    parameters = {k: v for k, v in manifest["parameters"].items() if k not in ("seed", "output_dir")}
+    return digest([parameters, *(manifest[key] for key in ("code", "sources", "corpus_hash", "model_hash"))])
+
+
+def evaluate(found: dict[str, dict[int, runs.Run]], claims=None) -> list[dict]:
+    """The rows of claims.json: all claims whose notebook has a run that counts. A claim without any has no row."""
+    claims = CLAIMS if claims is None else claims
+    rows = [judge(claim, found[claim.notebook]) for claim in claims if claim.notebook in found]
+    return [row for row in rows if row["run_ids"]]
+
+
+def table(rows) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| paper | claim | here: mean [95% interval] | seeds | verdict |", "|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["interval"]
+        mean = "not found in every seed" if row["mean"] is None else f"{row['mean']:.3g}"
+        interval = "" if low is None else f" [{low:.3g}, {high:.3g}]"
+        cells = [row["paper"], row["claim"], mean + interval, str(row["n"]), f"**{row['verdict']}**"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def section(rows) -> str:
+    """What the README says between the marks: nothing without rows."""
+    if not rows:
+        return ""
+    counts = ", ".join(
+        f"{sum(row['verdict'] == word for row in rows)} {word}" for word in ("holds", "fails", "undecided")
+    )
+    return (
+        f"## Claims\n\nOf {len(rows)} claims of the five papers, at this scale: {counts}. A verdict is that of the 95% interval of the "
+        "mean over seeds; [claims.json](outputs/reference/claims.json) has the values of each seed, the controls and the runs.\n\n"
+        f"{table(rows)}\n"
+    )
+
+
+def details(rows) -> str:
+    """claims.md: the table, then for each claim its metric, comparison, values and controls."""
+    parts = ["# Claims of the papers, and what the reference runs say", table(rows)]
+    for row in rows:
+        values = ", ".join("none" if v is None else f"{v:.4g}" for v in row["values"])
+        lines = [
+            f"**{row['paper']}: {row['claim']}** {row['verdict']}.",
+            f"`{row['metric']}`: {values}. {row['comparison']}.",
+        ]
+        for name, control in row["controls"].items():
+            if control["mean"] is not None:
+                low, high = (f"{v:.3g}" if v is not None else "–" for v in control["interval"])
+                lines.append(
+                    f"Control, {name} (`{control['metric']}`): {control['mean']:.3g} [{low}, {high}], {control['n']} seeds."
+                )
+        parts.append("\n".join(lines) + f"\nRuns: {', '.join(row['run_ids'])}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def shown_in(readme: str) -> str | None:
+    """The text between the marks of the README, None without marks."""
+    found = MARKED.search(readme)
+    return found and found[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collecting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collect(path=SWEEP, readme=README) -> list[dict]:
+    """Copy what finished of a sweep to outputs/reference/, and write claims.json, claims.md and the README's table.
+
+    Manifests and metrics of every seed, the executed notebook and the README's figures of the first. Can be called at any time; a
+    notebook's runs of another version are replaced.
+    """
+    found, home = reference_runs(path), runs.REFERENCE.parent
+    for name, of_seed in found.items():
+        kept = runs.REFERENCE / name
+        for run in of_seed.values():
+            copy_files(run.dir, kept / run.id, ["manifest.json", "metrics.json"])
+            of_seed[run.manifest["seed"]] = run_at(kept / run.id)
+            first = run.manifest["seed"] == min(of_seed)
+            if first and (run.dir / "notebook.ipynb").exists():
+                write_notebook(run.dir / "notebook.ipynb", home / f"{name}.ipynb")
+            if first and name in FIGURES and run.dir != kept / run.id:
+                copy_files(run.dir / "figures", home / "figures" / name, [f"{FIGURES[name]}.png"])
+        for old in kept.iterdir():
+            if old.name not in [run.id for run in of_seed.values()]:
+                shutil.rmtree(old)
+    rows = evaluate(found)
+    if rows:
+        write_json(home / "claims.json", rows)
+        write_text(home / "claims.md", details(rows))
+        write_text(readme, MARKED.sub(lambda m: m[1] + section(rows) + m[3], Path(readme).read_text()))
+    return rows
+
+
+def copy_files(source: Path, target: Path, names) -> None:
+    for name in names:
+        if source != target and (source / name).exists():
+            with replacing(target / name) as new:
+                shutil.copyfile(source / name, new)
+
+
+def write_text(path, text: str) -> None:
+    with replacing(path) as new:
+        new.write_text(text)
+
+
+def write_notebook(source: Path, target: Path) -> None:
+    """An executed notebook without papermill's times and paths, and without this machine's."""
+    notebook = read_json(source)
+    for part in (notebook, *notebook["cells"]):
+        for key in ("papermill", "execution"):
+            part["metadata"].pop(key, None)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True).replace(f"{ROOT}/", "")
+    write_text(target, text + "\n")
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] != "collect" or len(argv) > 2:
+        print("usage: python -m sae_utils.claims [collect [SWEEP.toml]]", file=sys.stderr)
+        return 2
+    rows = collect(*argv[1:]) if argv else evaluate(reference_runs())
+    print(table(rows) if rows else f"no run of {SWEEP.name} is there: `make reference` makes them")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

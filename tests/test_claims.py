@@ -1,0 +1,248 @@
+"""Claims judged over seeds: values by hand, versions kept apart, collecting, and that README, claims.json and manifests agree."""
+
+import json
+import math
+import shutil
+
+import nbformat
+import pytest
+
+from sae_utils import claims, runs, sweep
+from sae_utils.claims import CLAIMS, KEYS, Claim, judge, read, summary, t_quantile, verdict
+from sae_utils.files import ROOT, read_json, write_json
+
+PAPERS = {"2404.16014", "2405.12241", "2411.10397", "2410.14670", "2411.02124"}
+CLAIM = Claim("0000.00000", "b is larger", "01_toy", "b - a", (">", 0), {"a": "a"})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("df, expected", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262)])
+def test_quantiles_of_t_are_those_of_the_tables(df, expected):
+    assert t_quantile(df) == pytest.approx(expected, abs=2e-3)
+
+
+def test_a_value_is_read_by_path_alone_or_combined():
+    metrics = {"a": 2.0, "of k": {"e2e k=8": 3.0}, "list": [5, {"x": 7}], "none": None}
+    assert read(metrics, "of k/e2e k=8") == 3
+    assert read(metrics, "list/1/x - a") == 5
+    assert read(metrics, "of k/e2e k=8 over a") == 1.5
+    assert read(metrics, "none - a") is None and read(metrics, "a - none") is None
+    assert read({"a": 1, "b": 0}, "a over b") is None
+
+
+def test_a_name_that_is_not_there_is_said_with_those_that_are():
+    with pytest.raises(KeyError, match="'x/z'.*at 'z' there is y"):
+        read({"x": {"y": 1}}, "x/z")
+
+
+def test_mean_sd_and_interval_by_hand():
+    found = summary([1.0, 2.0, 3.0])
+    half = 4.3027 / math.sqrt(3)
+    assert (found["mean"], found["sd"], found["n"]) == (2, 1, 3)
+    assert found["interval"] == pytest.approx([2 - half, 2 + half], abs=1e-3)
+
+
+def test_too_few_values_have_no_interval():
+    assert summary([4.0]) == {"mean": 4, "sd": None, "n": 1, "interval": [None, None]}
+    assert summary([None]) == {"mean": None, "sd": None, "n": 0, "interval": [None, None]}
+
+
+@pytest.mark.parametrize(
+    "interval, expected, word",
+    [
+        ([1, 2], (">", 0), "holds"),
+        ([-2, -1], (">", 0), "fails"),
+        ([-1, 1], (">", 0), "undecided"),
+        ([1, 2], ("<", 3), "holds"),
+        ([4, 5], ("<", 3), "fails"),
+        ([0.99, 1.01], ("=", 1, 0.02), "holds"),
+        ([0.9, 1.01], ("=", 1, 0.02), "undecided"),
+        ([0.9, 0.95], ("=", 1, 0.02), "fails"),
+        ([1.03, 1.05], ("=", 1, 0.02), "fails"),
+        ([None, None], (">", 0), "undecided"),
+    ],
+)
+def test_a_verdict_is_where_the_whole_interval_lies(interval, expected, word):
+    assert verdict(interval, expected) == word
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs, made by hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reference(tmp_path, monkeypatch):
+    """outputs/reference/runs of this test."""
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference" / "runs")
+    monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "outputs"))
+    monkeypatch.setenv("SAE_UTILS_NOTEBOOKS", str(tmp_path))
+    monkeypatch.delenv(sweep.TIER, raising=False)
+    (tmp_path / "sweep.toml").write_text("")
+    return tmp_path / "reference" / "runs"
+
+
+def committed(reference, seed, metrics, code="c", name="01_toy"):
+    directory = reference / name / f"{code}{seed}"
+    about = {
+        "notebook": name,
+        "run_id": directory.name,
+        "seed": seed,
+        "parameters": {"seed": seed, "k": 8},
+        "finished": True,
+    }
+    about |= {"code": code, "sources": {}, "corpus_hash": "t", "model_hash": "m", "requires": {}}
+    write_json(directory / "manifest.json", about)
+    write_json(directory / "metrics.json", metrics)
+
+
+def found(reference):
+    return claims.reference_runs(reference.parents[1] / "sweep.toml")
+
+
+def test_a_row_by_hand(reference):
+    for seed, b in enumerate([2.0, 3.0, 4.0]):
+        committed(reference, seed, {"a": 1.0, "b": b})
+    (row,) = claims.evaluate(found(reference), [CLAIM])
+    assert list(row) == KEYS
+    assert row["values"] == [1, 2, 3] and row["n"] == 3 and row["verdict"] == "undecided"  # 2 ± 2.48
+    assert row["controls"]["a"]["mean"] == 1
+    assert row["run_ids"] == ["01_toy/c0", "01_toy/c1", "01_toy/c2"]
+    assert "expected > 0" in row["comparison"]
+
+
+def test_the_seed_that_was_tuned_on_is_left_out(reference, monkeypatch):
+    monkeypatch.setitem(claims.TUNED_ON, "01_toy", 0)
+    for seed in range(4):
+        committed(reference, seed, {"a": 1.0, "b": 2.0 + seed / 100})
+    row = judge(CLAIM, found(reference)["01_toy"])
+    assert row["n"] == 3 and "01_toy/c0" not in row["run_ids"] and "without seed 0" in row["comparison"]
+    assert row["verdict"] == "holds"
+
+
+def test_two_seeds_or_a_seed_without_a_value_decide_nothing(reference):
+    for seed in range(2):
+        committed(reference, seed, {"a": 1.0, "b": 2.0})
+    assert judge(CLAIM, found(reference)["01_toy"])["verdict"] == "undecided"
+    for seed in range(2, 5):
+        committed(reference, seed, {"a": 1.0, "b": 2.0})
+    assert judge(CLAIM, found(reference)["01_toy"])["verdict"] == "holds"
+    committed(reference, 5, {"a": 1.0, "b": None})
+    row = judge(CLAIM, found(reference)["01_toy"])
+    assert row["verdict"] == "undecided" and row["n"] == 5 and row["values"][-1] is None
+
+
+def test_runs_of_other_code_are_not_mixed_with_these(reference):
+    for seed in range(3):
+        committed(reference, seed, {"a": 1.0, "b": 2.0})
+    committed(reference, 0, {"a": 1.0, "b": 99.0}, code="d")
+    committed(reference, 1, {"a": 1.0, "b": 99.0}, code="d")
+    assert [run.id for run in found(reference)["01_toy"].values()] == ["c0", "c1", "c2"]
+
+
+def test_a_claim_without_runs_has_no_row(reference):
+    assert claims.evaluate(found(reference), [CLAIM]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A sweep, collected
+# ---------------------------------------------------------------------------------------------------------------------
+
+PARAMETERS = "seed: int = 0\noutput_dir: str = ''"
+CODE = """import os
+from sae_utils.runs import start_run
+run = start_run("02_toy", globals())
+open(run.dir.parents[1] / "log", "a").write(f"{seed}\\n")
+(run.dir / "figures").mkdir()
+(run.dir / "figures" / "main.png").write_bytes(b"png")
+print(os.path.join(os.getcwd(), "file"))
+run.finish({"a": 1.0, "b": 2.0 + seed / 10})
+"""
+
+
+def test_collected_runs_count_as_finished_and_make_the_table(reference, tmp_path, monkeypatch):
+    cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, CODE)]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "02_toy.ipynb")
+    (tmp_path / "sweep.toml").write_text("[02_toy]\nseed = [0, 1, 2]\n")
+    (tmp_path / "README.md").write_text(
+        "before\n<!-- claims: written by `make reference` -->\n<!-- end of claims -->\nafter\n"
+    )
+    monkeypatch.setattr(claims, "CLAIMS", [CLAIM._replace(notebook="02_toy")])
+    monkeypatch.setitem(claims.FIGURES, "02_toy", "main")
+    monkeypatch.chdir(ROOT)
+    home, outputs, log = reference.parent, tmp_path / "outputs", tmp_path / "outputs" / "log"
+
+    def sweep_all(seeds):
+        plan = sweep.planned(tmp_path / "sweep.toml")[:seeds]
+        assert sweep.sweep(plan) == 0
+        return claims.collect(tmp_path / "sweep.toml", tmp_path / "README.md")
+
+    (row,) = sweep_all(2)
+    assert row["n"] == 2 and row["verdict"] == "undecided"
+    (row,) = sweep_all(3)
+    assert row["values"] == pytest.approx([1, 1.1, 1.2]) and row["verdict"] == "holds"
+    assert read_json(home / "claims.json") == json.loads(json.dumps([row]))
+    assert row["claim"] in (home / "claims.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    assert (
+        claims.shown_in(readme) == claims.section([row])
+        and readme.startswith("before\n")
+        and readme.endswith("after\n")
+    )
+    assert (home / "figures" / "02_toy" / "main.png").read_bytes() == b"png"
+    executed = (home / "02_toy.ipynb").read_text()
+    assert "papermill" not in executed and str(ROOT) not in executed and "file" in executed
+
+    assert log.read_text().split() == ["0", "1", "2"]
+    shutil.rmtree(outputs / "02_toy")
+    (again,) = sweep_all(3)  # nothing but what is committed
+    assert again == row and log.read_text().split() == ["0", "1", "2"]
+    assert len(list(reference.glob("*/*/manifest.json"))) == 3
+
+
+def test_the_command_line_says_what_it_takes(capsys):
+    assert claims.main(["show"]) == 2
+    assert "collect" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# This repository
+# ---------------------------------------------------------------------------------------------------------------------
+
+HOME = ROOT / "outputs" / "reference"
+
+
+def test_every_paper_has_at_least_four_claims():
+    of_paper = {paper: sum(claim.paper == paper for claim in CLAIMS) for paper in PAPERS}
+    assert min(of_paper.values()) >= 4, of_paper
+
+
+def test_readme_claims_and_manifests_agree():
+    shown = claims.shown_in((ROOT / "README.md").read_text())
+    if not (HOME / "claims.json").exists():
+        assert not shown, "the README shows claims, but outputs/reference/claims.json is not there"
+        return
+    rows = read_json(HOME / "claims.json")
+    assert shown == claims.section(rows), "run `python -m sae_utils.claims collect`"
+    assert (HOME / "claims.md").read_text() == claims.details(rows)
+    of_text = {(claim.paper, claim.claim): claim for claim in CLAIMS}
+    for row in rows:
+        of_seed = {
+            run.manifest["seed"]: run for run in (claims.run_at(HOME / "runs" / run_id) for run_id in row["run_ids"])
+        }
+        assert all(run.manifest["finished"] for run in of_seed.values())
+        assert len({claims.version(run.manifest) for run in of_seed.values()}) == 1
+        again = judge(of_text[row["paper"], row["claim"]], of_seed)
+        comparison = row["comparison"].split("; without")[0]
+        assert json.loads(json.dumps(again)) == row | {"comparison": comparison}, row["claim"]
+
+
+def test_the_figures_that_the_readme_shows_are_there():
+    text = (ROOT / "README.md").read_text()
+    for path in claims.re.findall(r"\]\((outputs/reference/[^)]+)\)", text):
+        assert (ROOT / path).exists(), path
