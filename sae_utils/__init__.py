@@ -7,6 +7,7 @@ import importlib
 
 _HOME = {
     "sae": ["SAE", "SAEOutput", "TopKSAE", "GradientSAE", "ReluSAE", "GatedSAE", "JumpReluSAE", "to_jumprelu"],
+    "choice": ["MutualChoiceSAE", "FeatureChoiceSAE"],
     "lm": ["load_language_model", "resolve_device"],
     "data": ["tokens", "held_out"],
     "activations": ["ActivationStore"],

@@ -25,13 +25,14 @@ def batch_fvu(x: Tensor, x_hat: Tensor) -> Tensor:
     return (x - x_hat).square().sum() / variance.clamp_min(torch.finfo(variance.dtype).tiny)
 
 
-def auxk_loss(sae, x: Tensor, x_hat: Tensor, k_aux: int | None = None) -> Tensor:
+def auxk_loss(sae, x: Tensor, x_hat: Tensor, k_aux: int | None = None, among: Tensor | None = None) -> Tensor:
     """How badly the dead latents alone explain the error (arXiv 2406.04093, A.2): ‖sg(e) − ê‖² / ‖sg(e) − mean sg(e)‖².
 
     e = x − x̂, stopped; ê = z_aux W_dec, without b_dec (which x̂ already holds); z_aux = the k_aux largest relu
     pre-activations among dead latents (default d_in/2, or all if fewer are dead). Zero where none is dead.
+    `among`: bool [d_sae], latents that take the place of the dead.
     """
-    dead = sae.dead().nonzero().squeeze(1)
+    dead = (sae.dead() if among is None else among).nonzero().squeeze(1)
     if not len(dead):
         return x_hat.new_zeros(())
     error = (sae.rows(x) - x_hat.reshape(-1, sae.d_in)).detach()
@@ -59,18 +60,31 @@ def warmed(coefficient: float, warmup: float, batch: dict) -> float:
 
 
 def reconstruction_loss(
-    sae, batch, alpha: float = 1 / 32, k_aux: int | None = None, distance=batch_fvu
+    sae, batch, alpha: float = 1 / 32, k_aux: int | None = None, distance=batch_fvu, among=None
 ) -> dict[str, Tensor]:
-    """Batch FVU + α · AuxK: the loss of TopK SAEs. alpha = 0 leaves AuxK out."""
+    """Batch FVU + α · AuxK: the loss of TopK SAEs. alpha = 0 leaves AuxK out; `among(sae)` says for which latents it is."""
     batch = as_batch(batch)
     x = batch["x"]
     out = sae(x, batch.get("grad"))
     fvu = distance(x, out.x_hat)
     terms = {"loss": fvu, "fvu": fvu, "l0": l0_of(out, x.numel() // sae.d_in)}
     if alpha:
-        terms["auxk"] = auxk_loss(sae, x, out.x_hat, k_aux)
+        terms["auxk"] = auxk_loss(sae, x, out.x_hat, k_aux, among and among(sae))
         terms["loss"] = fvu + alpha * terms["auxk"]
     return terms
+
+
+def aux_zipf_loss(
+    sae, batch, alpha: float = 1 / 32, k_aux: int | None = None, s: float = 1.0, q: float = 10.0, distance=batch_fvu
+) -> dict[str, Tensor]:
+    """Batch FVU + α · AuxK of the underused latents, dead or not (our reading of arXiv 2411.02124, which gives no formula).
+
+    Underused: a running density below what Zipf's law, (r + q)^(−s), expects of the latent's rank r; see
+    `MutualChoiceSAE.underused`. Where every expectation is 0⁺ this is `reconstruction_loss`. For the Choice SAEs.
+    """
+    if not hasattr(sae, "underused"):
+        raise ValueError(f"{type(sae).__name__} keeps no running density: aux_zipf_loss is for the Choice SAEs")
+    return reconstruction_loss(sae, batch, alpha, k_aux, distance, among=lambda sae: sae.underused(s, q))
 
 
 def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, distance=batch_fvu) -> dict[str, Tensor]:

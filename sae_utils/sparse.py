@@ -289,8 +289,12 @@ def gradient_encode(
     return Encode.apply(x, W_enc, b_enc, b_dec, centred, values.flatten(), active).relu(), active, total
 
 
-def relu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> tuple[Tensor, Active | None]:
+def relu_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor | None = None
+) -> tuple[Tensor, Active | None]:
     """relu((x − b_dec) W_enc + b_enc): the positive values, flat, and where they are, if few are positive; else dense, and None.
+
+    With a threshold ≥ 0 [d_sae] only the values above it; it is a constant.
 
     Few is less than one in 32 (`FEW`), as after some hundred steps with a penalty on activity; then a step costs little more
     than its one dense product, where a dense one has five.
@@ -300,7 +304,7 @@ def relu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> tuple
         centred = x - b_dec
         shape = len(x), W_enc.shape[1]
         z = torch.addmm(b_enc.to(half), centred.to(half), W_enc.to(half), out=workspace(shape, half, x.device))
-        positive = z > 0
+        positive = z > (0 if threshold is None else threshold.to(half))
         counts = positive.sum(1)
         if few := bool(counts.sum() < FEW * z.numel()):
             token, latent = positive.nonzero(as_tuple=True)
@@ -310,7 +314,8 @@ def relu_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> tuple
             active.token = token
     if few:
         return Encode.apply(x, W_enc, b_enc, b_dec, centred, values, active), active
-    return DenseEncode.apply(x, W_enc, b_enc, b_dec, centred, z.to(x.dtype, copy=True).relu_(), half), None
+    f = z.to(x.dtype, copy=True).relu_() if threshold is None else z.to(x.dtype) * positive
+    return DenseEncode.apply(x, W_enc, b_enc, b_dec, centred, f, half), None
 
 
 def encode_at(active: Active, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
