@@ -5,6 +5,7 @@ import html
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.ticker import NullLocator
 
 _PALETTE = sns.color_palette("colorblind")
 COLOURS = {  # colour-blind safe, the same everywhere
@@ -37,8 +38,10 @@ def lines(x, curves: dict, *, title: str, xlabel: str, ylabel: str, logx=False, 
         ax.errorbar(x, y, yerr=error, label=label, color=colour, marker="o" if len(x) <= 12 else None, capsize=3)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if logx:
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(x, [f"{v:g}" for v in x])
+        ax.set_xscale("log", base=2 if len(x) <= 12 else 10)
+        if len(x) <= 12:
+            ax.set_xticks(x, [f"{v:g}" for v in x], minor=False)
+            ax.xaxis.set_minor_locator(NullLocator())
     if logy:
         ax.set_yscale("log")
     if len(curves) > 1:
