@@ -199,15 +199,22 @@ class Scores:
         total = self.contexts.sum(0)
         return 1 - self.coordinates[0] / (self.coordinates[1] - total[3:].square() / total[0])
 
-    def interval(self, n: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of R²: contexts are drawn again, the probe stays."""
+    def draws(self, n: int = 1000, seed: int = 0) -> Tensor:
+        """1 − R² [1 + n]: of all contexts, then with contexts drawn again (bootstrap; the probe stays).
+
+        Scores of the same contexts draw the same ones for equal seeds, so that differences and ratios of them are paired.
+        """
         used = self.contexts[self.contexts[:, 0] > 0]
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(len(used), (n, len(used)), generator=generator).to(used.device)
         weights = torch.zeros(n, len(used), dtype=torch.double, device=used.device)
         weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.double))
-        quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double, device=used.device)
-        return tuple((1 - self.unexplained(weights, used)).quantile(quantiles).tolist())
+        return self.unexplained(torch.cat([torch.ones_like(weights[:1]), weights]), used).cpu()
+
+    def interval(self, n: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+        """Bootstrap interval of R²."""
+        quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)
+        return tuple((1 - self.draws(n, seed)[1:]).quantile(quantiles).tolist())
 
     def unexplained(self, weights: Tensor, contexts: Tensor | None = None) -> Tensor:
         total = weights @ (self.contexts if contexts is None else contexts)
