@@ -93,8 +93,10 @@ class ActivationStore:
         wanted = [name.removesuffix(GRAD) for name in hook_names]
         first = run_prefix(lm, self.tokens(slice(0, 1)), wanted)
         first = {name: first[hook] for name, hook in zip(hook_names, wanted)}
-        if hook_names[-1].endswith(GRAD):  # logits and their gradients have to fit
-            batch_rows = max(1, min(batch_rows, (1 << 25) // (self.n_ctx * lm.cfg.d_vocab)))
+        if hook_names[-1].endswith(GRAD):
+            # logits and their gradients have to fit; on a CPU, into memory that is used again
+            most = 1 << (23 if self.device.type == "cpu" else 25)
+            batch_rows = max(1, min(batch_rows, most // (self.n_ctx * lm.cfg.d_vocab)))
         shapes = {name: (*self.rows.shape, first[name].shape[-1]) for name in hook_names}
         need = sum(2 * int(np.prod(shape)) for shape in shapes.values())
         self.path.mkdir(parents=True, exist_ok=True)
