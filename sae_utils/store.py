@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import sae_utils
+
 from . import sae as architectures
 from .files import read_json, replacing
 
@@ -102,6 +104,8 @@ def class_named(name: str) -> type:
     for cls in classes:
         classes += cls.__subclasses__()
     found = {cls.__name__: cls for cls in classes}  # of two with one name the one defined last
+    if name not in found and name in sae_utils.__all__:  # ours, not imported yet
+        return getattr(sae_utils, name)
     if name not in found:
         raise ValueError(f"it was saved by the class {name}: import the module that defines it first")
     return found[name]

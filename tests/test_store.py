@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -371,3 +373,12 @@ def test_a_first_save_killed_is_no_sae(sae, tmp_path):
 def test_a_moved_directory_loads(sae, tmp_path):
     shutil.move(save_sae(sae, tmp_path / "sae"), tmp_path / "elsewhere")
     assert same(load_sae(str(Path(tmp_path / "elsewhere"))), sae)
+
+
+def test_a_class_of_the_library_is_found_without_being_imported(tmp_path):
+    from sae_utils import MutualChoiceSAE
+
+    save_sae(MutualChoiceSAE(4, 8, k=2), tmp_path / "sae")
+    code = f"from sae_utils import load_sae; print(type(load_sae({str(tmp_path / 'sae')!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "MutualChoiceSAE", done.stderr
