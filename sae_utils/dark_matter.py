@@ -213,12 +213,40 @@ class Scores:
 
     def interval(self, n: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
         """Bootstrap interval of R²."""
-        quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)
-        return tuple((1 - self.draws(n, seed)[1:]).quantile(quantiles).tolist())
+        return tuple(with_interval(1 - self.draws(n, seed), level)[1:])
 
     def unexplained(self, weights: Tensor, contexts: Tensor | None = None) -> Tensor:
         total = weights @ (self.contexts if contexts is None else contexts)
         return total[:, 1] / (total[:, 2] - total[:, 3:].square().sum(1) / total[:, 0])
+
+
+def with_interval(draws: Tensor, level: float = 0.95) -> list[float]:
+    """[value, low, high] of bootstrap draws [1 + n], of which the first is the value."""
+    quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=draws.dtype)
+    return [float(draws[0]), *draws[1:].quantile(quantiles).tolist()]
+
+
+def power_law(sizes, scores: list[Scores]) -> Tensor:
+    """b of 1 − R² ∝ size^b by least squares of logarithms, [1 + n]: of all contexts, then of draws (`Scores.draws`)."""
+    log_size = torch.tensor(list(sizes), dtype=torch.double).log()
+    log_size = log_size - log_size.mean()
+    log_left = torch.stack([score.draws().clamp_min(1e-30).log() for score in scores])
+    return log_size @ log_left / log_size.square().sum()
+
+
+def verdict(value: list[float], within: tuple[float, float], control: float) -> dict:
+    """Whether a claim is true here: its value's interval [value, low, high] lies in a range, or outside, or reaches over an end of it.
+
+    If a control, which knows nothing of what the claim is about, is in the range as well, the claim holds and is no evidence.
+    """
+    (v, low, high), (at_least, at_most) = value, within
+    if not low <= high or high < at_least or low > at_most:
+        says = "undecided" if not low <= high else "does not hold here"
+    elif low < at_least or high > at_most:
+        says = "undecided"
+    else:
+        says = f"holds, and {'in' if at_least <= control <= at_most else 'not in'} the control"
+    return {"here": v, "low": low, "high": high, "range": list(within), "control": control, "verdict": says}
 
 
 class Contexts:
@@ -340,6 +368,12 @@ def norm_scaling(norm_i: Tensor, norm_j: Tensor, nonlinear_i: Tensor) -> dict[st
     return {"r2": float(1 - one / total), "removed": float(1 - two / one)}
 
 
+def map_of_norms(norm_i: Tensor, norm_j: Tensor, n_contexts: int) -> Scores:
+    """The least squares of `norm_scaling`, of ‖e_j‖ on ‖e_i‖, as scores by context, for the interval of its R²."""
+    stream = in_batches(torch.stack([norm_i, norm_j], 1), len(norm_i) // n_contexts)
+    return map_from(lambda b: b["x"][:, :1], lambda b: b["x"][:, 1:], stream, stream)
+
+
 def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
     """R² on test tokens of the mean over each group of fitting tokens; (values [n], group [n]) of both, a new group gets the mean of all."""
     (v, group), (v_test, group_test) = fit, test
@@ -352,29 +386,73 @@ def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
 
 
 @torch.no_grad()
-def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int = 16) -> dict[str, float]:
+def norm_baselines(sae, fit, test) -> dict[str, float]:
+    """R² of ‖e‖² on the test stream from what is cheaper than x: its length (‖x‖, ‖x‖²), the token, the position (means of groups)."""
+
+    def squared_error(batch):
+        return (batch["x"] - sae(batch["x"]).x_hat).square().sum(1, keepdim=True)
+
+    def length(batch):
+        norm = batch["x"].norm(dim=1, keepdim=True)
+        return torch.cat([norm, norm.square()], 1)
+
+    values = {"‖x‖, ‖x‖²": map_from(length, squared_error, fit, test).r2()}
+    gathered = [
+        {"error": torch.cat([squared_error(b)[:, 0].cpu() for b in part])}
+        | {key: torch.cat([b[key].cpu() for b in part]) for key in ("tokens", "position")}
+        for part in (fit, test)
+    ]
+    for key in ("tokens", "position"):
+        values[key] = group_r2(*((part["error"], part[key]) for part in gathered))
+    return values
+
+
+@torch.no_grad()
+def along_latents(sae, split: ErrorSplit, stream) -> dict[str, Tensor]:
+    """Of every latent that fires on the stream: its mean activation, and W_dec · a for the probes a of ‖e‖² and of ‖x‖²."""
+    moments, total = Moments(), 0
+    for batch in stream:
+        moments.add(batch["x"], batch["x"].square().sum(1, keepdim=True))
+        total = total + sum(sae.encode(x).double().sum(0) for x in batch["x"].split(8192))
+    W_dec, fired = sae.W_dec.double(), total > 0
+    found = {"activation": total / moments.n, "‖e‖²": W_dec @ split.norm.W, "‖x‖²": W_dec @ moments.fit().W[:, 0]}
+    return {name: value[fired].cpu() for name, value in found.items()}
+
+
+@torch.no_grad()
+def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int = 4) -> dict[str, float | list[float]]:
     """Cross-entropy with the activation at positions ≥ 1 replaced by x̂, x̂ + LinearError, x̂ + NonlinearError.
 
     recovered = (CE_sae − CE_setting) / (CE_sae − CE_clean), beside share = 1 − Σ‖x − patch‖² / Σ‖e‖², which says how much of
-    the error's squared length the patch has put back. Mean over predictions at positions ≥ 1 of `rows` [n, n_ctx].
+    the error's squared length the patch has put back; ratio = recovered / share as (value, low, high), batches of rows drawn again.
+    A control (ours), "fraction": x̂ + s e with the share of the nonlinear error. Mean over predictions at positions ≥ 1 of
+    `rows` [n, n_ctx].
     """
-    nats, squares, n = dict.fromkeys(("clean", "sae", "linear", "nonlinear"), 0.0), {}, 0
+    settings = ("linear", "nonlinear", "fraction")
+    nats, squares, n = [], [], 0
     for i in range(0, len(rows), batch_rows):
         tokens = torch.from_numpy(np.asarray(rows[i : i + batch_rows]).astype("int64")).to(lm.cfg.device)
         x = run_prefix(lm, tokens, [hook_name])[hook_name].float()
         x_hat = sae(x).x_hat
-        linear = split.vector(x)
+        linear, error = split.vector(x), x - x_hat
         patches = {"clean": x, "sae": x_hat, "linear": x_hat + linear, "nonlinear": x - linear}
+        left = (linear[:, 1:].square().sum() / error[:, 1:].square().sum().clamp_min(1e-30)).sqrt()
+        patches["fraction"] = x - left * error  # leaves as much of ‖e‖² as x̂ + NonlinearError does
+        patches = {name: torch.cat([x[:, :1], patch[:, 1:]], 1) for name, patch in patches.items()}
+        losses = [token_loss(run_spliced(lm, tokens, hook_name, p), tokens)[:, 1:] for p in patches.values()]
+        nats.append([float(loss.double().sum()) for loss in losses])
+        squares.append([float((x - patch).double().square().sum()) for patch in patches.values()])
         n += tokens[:, 2:].numel()
-        for name, patch in patches.items():
-            patch = torch.cat([x[:, :1], patch[:, 1:]], 1)
-            nats[name] += float(token_loss(run_spliced(lm, tokens, hook_name, patch), tokens)[:, 1:].double().sum())
-            squares[name] = squares.get(name, 0.0) + float((x - patch).double().square().sum())
-    values = {f"ce_{name}": total / n for name, total in nats.items()}
-    gap = values["ce_sae"] - values["ce_clean"]
-    for name in ("linear", "nonlinear"):
-        values[f"recovered_{name}"] = (values["ce_sae"] - values[f"ce_{name}"]) / gap if gap else float("nan")
-        values[f"share_{name}"] = 1 - squares[name] / squares["sae"]
+    nats, squares = torch.tensor(nats, dtype=torch.double), torch.tensor(squares, dtype=torch.double)
+    values = {f"ce_{name}": float(total) / n for name, total in zip(patches, nats.sum(0))}
+    drawn = torch.randint(len(nats), (1000, len(nats)), generator=torch.Generator().manual_seed(0))
+    drawn = torch.cat([torch.arange(len(nats))[None], drawn])
+    nats, squares = nats[drawn].sum(1), squares[drawn].sum(1)  # [1 + 1000, 5]
+    for at, name in enumerate(settings, start=2):
+        recovered = (nats[:, 1] - nats[:, at]) / (nats[:, 1] - nats[:, 0])
+        share = 1 - squares[:, at] / squares[:, 1]
+        values |= {f"recovered_{name}": float(recovered[0]), f"share_{name}": float(share[0])}
+        values[f"ratio_{name}"] = with_interval(recovered / share)
     return values
 
 
@@ -607,3 +685,28 @@ def attribution(x: Tensor, parts: dict[str, Tensor]) -> dict[str, dict[str, floa
             "kept": trace(linear, part) / whole if whole else 0.0,
         }
     return account
+
+
+def attribution_error(account: dict[str, dict[str, float]]) -> float:
+    """Σ over parts of the share of tr Cov(e) on the side where the paper does not read it.
+
+    The paper reads NonlinearError as what the SAE introduced and LinearError as all else.
+    """
+    return sum(abs(part["linear" if name == "introduced" else "nonlinear"]) for name, part in account.items())
+
+
+def noise_grid(levels, n_known=(256, 192, 128), n: int = 8000, seed: int = 0) -> dict[str, Tensor]:
+    """Shares of the error of `World`s: `introduced` as it is, `nonlinear` as probed, for every input noise and introduced error.
+
+    levels: standard deviations, for both; n_known: how many of 256 features, the most frequent, the SAE has. [n_worlds] each.
+    """
+    found = {"n_known": [], "noise": [], "introduced": [], "nonlinear": []}
+    for known in n_known:
+        for noise in levels:
+            for introduced in levels:
+                world = World(n_known=known, noise=float(noise), introduced=float(introduced), seed=seed)
+                account = attribution(*world.draw(n))
+                nonlinear = sum(part["nonlinear"] for part in account.values())
+                for key, value in zip(found, (known, noise, account["introduced"]["share"], nonlinear)):
+                    found[key].append(float(value))
+    return {key: torch.tensor(value) for key, value in found.items()}

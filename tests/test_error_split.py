@@ -61,6 +61,65 @@ def test_bootstrap_interval_covers_and_draws_whole_contexts():
     assert tenfold.interval() == pytest.approx((low, high), abs=1e-6)
 
 
+def test_draws_of_two_scores_are_paired():
+    """A probe that leaves twice the error leaves four times the variance in every draw; the first is of all contexts."""
+    v, noise, context = normal(400, 1), normal(400, 1, seed=1), torch.arange(400)
+    one, two = dm.Scores(), dm.Scores()
+    one.add(v, noise / 4, context + 3)  # context 0 is not in it
+    two.add(v, noise / 2, context + 3)
+    torch.testing.assert_close(two.draws(50) / one.draws(50), torch.full((51,), 4.0).double())
+    assert one.draws(50)[0] == pytest.approx(1 - one.r2()) and one.draws(50)[1:].std() > 0
+
+
+def test_power_law_of_a_known_slope():
+    """1 − R² of 0.4, 0.1 at sizes 2, 8: slope log(¼)/log(4) = −1 in every draw, as residuals are in proportion."""
+    v, noise, context = normal(400, 1), normal(400, 1, seed=1), torch.arange(400)
+    one, two = dm.Scores(), dm.Scores()
+    one.add(v, noise / 2, context)
+    two.add(v, noise / 4, context)
+    slope = dm.power_law([2, 8], [one, two])
+    torch.testing.assert_close(slope, torch.full_like(slope, -1.0))
+    assert len(slope) == 1001 and dm.with_interval(slope) == pytest.approx([-1, -1, -1])
+    assert dm.with_interval(torch.tensor([5.0, *range(101)]))[1:] == pytest.approx([2.5, 97.5])
+
+
+def test_baselines_of_the_norm():
+    """‖e‖² = ‖x‖²/4 for x̂ = x/2; tokens and positions say which of two lengths x has, or nothing."""
+    x = torch.nn.functional.normalize(normal(4000, 3), dim=1)
+    tokens, position = torch.arange(4000) % 2, torch.arange(4000) // 2 % 2
+    stream = [
+        b | {"tokens": t, "position": p}
+        for b, t, p in zip(dm.in_batches(x * (1 + tokens[:, None])), [tokens], [position])
+    ]
+    values = dm.norm_baselines(lambda x: SimpleNamespace(x_hat=x / 2), stream, stream)
+    assert values["‖x‖, ‖x‖²"] == pytest.approx(1, abs=1e-4) and values["tokens"] == pytest.approx(1, abs=1e-4)
+    assert values["position"] == pytest.approx(0, abs=1e-3)
+
+
+def test_probes_along_latents():
+    sae, x = trained_like(2000)
+    split = dm.ErrorSplit(None, dm.Linear(torch.ones(8).double(), torch.zeros(())), {}, {})
+    found = dm.along_latents(sae, split, dm.in_batches(x))
+    latents = sae(x).latents.detach()
+    fired = (latents > 0).any(0)
+    torch.testing.assert_close(found["activation"].float(), latents.mean(0)[fired], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["‖e‖²"].float(), sae.W_dec.detach().sum(1)[fired], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "value, control, says",
+    [
+        ([0.5, 0.45, 0.55], 0.5, "holds, and in the control"),
+        ([0.5, 0.45, 0.55], 0.9, "holds, and not in the control"),
+        ([0.5, 0.3, 0.55], 0.5, "undecided"),
+        ([0.9, 0.8, 0.95], 0.5, "does not hold here"),
+        ([0.5, float("nan"), float("nan")], 0.5, "undecided"),
+    ],
+)
+def test_verdicts(value, control, says):
+    assert dm.verdict(value, (0.4, 0.6), control)["verdict"] == says
+
+
 class Half:
     """x̂ = x/2 + a quadratic term: the error is half linear, half not."""
 
@@ -148,6 +207,7 @@ def test_norm_scaling_by_hand_and_groups():
     a, b = normal(5000), normal(5000, seed=1)
     found = dm.norm_scaling(a, a + b, b)
     assert found["r2"] == pytest.approx(0.5, abs=0.03) and found["removed"] == pytest.approx(1)
+    assert dm.map_of_norms(a, a + b, 50).r2() == pytest.approx(found["r2"], abs=1e-6)
     values, group = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1])
     # groups have means 2 and 5, the new group 2 gets 3; test values 2, 5, 8: residuals 0, 0, 5, around a mean of 5: 18
     assert dm.group_r2((values, group), (torch.tensor([2.0, 5.0, 8.0]), torch.arange(3))) == pytest.approx(1 - 25 / 18)
@@ -161,8 +221,16 @@ def test_parts_of_the_error_are_accounted_for():
         for part in account.values():
             assert part["linear"] + part["nonlinear"] == pytest.approx(part["share"], abs=1e-6)
         assert abs(account["introduced"]["kept"]) < 0.1, "what is independent of x is no linear function of it"
+    by_hand = {"dense": {"linear": 0.6, "nonlinear": 0.1}, "introduced": {"linear": -0.05, "nonlinear": 0.35}}
+    assert dm.attribution_error(by_hand) == pytest.approx(0.15)
     with pytest.raises(ValueError, match="introduced_kind='pink'"):
         dm.World(introduced_kind="pink").draw(10)
+
+
+def test_the_noise_grid_orders_what_was_introduced():
+    grid = dm.noise_grid([0.0, 0.3], n_known=(128,), n=6000)
+    assert grid["noise"].tolist() == pytest.approx([0, 0, 0.3, 0.3]) and grid["introduced"][[0, 2]].abs().max() < 1e-6
+    assert grid["nonlinear"][1] > grid["nonlinear"][0] + 0.1 and grid["nonlinear"][3] > grid["nonlinear"][2] + 0.1
 
 
 def test_a_dense_error_is_all_linear():
@@ -185,6 +253,9 @@ def test_patching_and_maps_on_the_model(tiny_gpt2):
     split = dm.split_error(sae, fit, test, rows_per_input=2)
     values = dm.patched_ce(lm, tiny_rows[:2], hooks[0], sae, split)
     assert values["ce_sae"] != values["ce_clean"] and values["share_linear"] > 0
+    assert values["share_fraction"] == pytest.approx(values["share_nonlinear"], abs=1e-5)
+    ratio = values["recovered_linear"] / values["share_linear"]
+    assert values["ratio_linear"][0] == pytest.approx(ratio), "the first draw is of all rows"
     all_back = dm.ErrorSplit(dm.Linear(torch.zeros(store.d_in, store.d_in), torch.zeros(store.d_in)), None, {}, {})
     full = dm.patched_ce(lm, tiny_rows[:2], hooks[0], sae, all_back)
     assert full["recovered_nonlinear"] == pytest.approx(1, abs=1e-5) and full["recovered_linear"] == pytest.approx(0)
