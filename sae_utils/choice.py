@@ -61,14 +61,16 @@ class MutualChoiceSAE(ReluSAE):
         bound = 0.7 * self.threshold.min().item()  # a guess, which saves time where it is right
         return mutual_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k * len(rows), bound)
 
-    def underused(self, s: float = 1.0, q: float = 10.0) -> Tensor:
-        """Boolean [d_sae]: running density below k · (r + q)^(−s) / Σ, at most 1, r the rank by falling density (ours).
+    def underused(self, s: float | None = None, q: float | None = None, share: float = 1.0) -> Tensor:
+        """Boolean [d_sae]: running density below `share` of k · (r + q)^(−s) / Σ, at most 1, r the rank by falling density (ours).
 
-        A dead latent's density counts as 0 and a living one's as at least 1 / dead_after, since it fired in that time: under
-        expectations of 0⁺ the underused are the dead.
+        s, q None: as `zipf_fit` finds them for the running density. A dead latent's density counts as 0 and a living one's as at
+        least 1 / dead_after, since it fired in that time: under expectations of 0⁺ the underused are the dead.
         """
+        if s is None or q is None:
+            s, q = zipf_fit(self.density)
         density = torch.where(self.dead(), 0, self.density.clamp_min(1 / self.dead_after))
-        expected = (self.k * zipf(self.d_sae, s, q)).clamp_max(1).to(density)
+        expected = share * (self.k * zipf(self.d_sae, s, q)).clamp_max(1).to(density)
         order = density.argsort(descending=True, stable=True)
         return torch.empty_like(self.dead()).index_copy_(0, order, density[order] < expected)
 
@@ -89,20 +91,33 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         inference  latents = z ⊙ 1[z > θ_i], one θ for every latent
 
     The paper leaves s, q, the cap and the ranks open; all of these, and m_i ≥ 1, are ours. Ranks mean nothing at first, so the first
-    `warmup_tokens` are Mutual Choice (None: as many as `dead_after`, a tenth of the run under `train`). `quota` [d_sae] holds
-    the m_i of the latest training forward, B for all during warm-up. θ_i is a running mean of the m_i-th largest relu(z_i): 0,
-    so that any positive z is let in, for a latent whose quota is not used up.
+    `warmup_tokens` are Mutual Choice (None: as many as `dead_after`, a tenth of the run under `train`), and at their end s and
+    q, where not given, are fitted to the running density by `zipf_fit`. `law` [2] holds both (0 before), `quota` [d_sae] the m_i
+    of the latest training forward, B for all during warm-up. θ_i is a running mean of the m_i-th largest relu(z_i): 0, so that
+    any positive z is let in, for a latent whose quota is not used up.
 
-    Raises ValueError, naming the batch that would do, if B < d_sae / k or more than half of the latents would have m_i < 1.
+    Raises ValueError, naming the batch that would do, if B < d_sae / k, or if given s and q leave more than half of the latents
+    with m_i < 1.
     """
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int = 32, s: float = 1.0, q: float = 10.0, warmup_tokens: int | None = None
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int = 32,
+        s: float | None = None,
+        q: float | None = None,
+        warmup_tokens: int | None = None,
     ):
         super().__init__(d_in, d_sae, k)
-        if not (s >= 0 and q >= 0):
-            raise ValueError(f"s={s!r}, q={q!r}: exponent and offset of Zipf's law have to be at least 0")
+        if (s is None) != (q is None) or not ((s or 0) >= 0 and (q or 0) >= 0):
+            raise ValueError(f"s={s!r}, q={q!r}: exponent and offset of Zipf's law are both at least 0, or both None")
+        if s is None and warmup_tokens == 0:
+            raise ValueError(
+                "warmup_tokens=0: without a warm-up there is nothing to fit Zipf's law to, so give s and q"
+            )
         self.s, self.q, self.warmup_tokens = s, q, warmup_tokens
+        self.register_buffer("law", torch.zeros(2, dtype=torch.double))
         self.register_buffer("quota", torch.zeros(d_sae, dtype=torch.long))
         self.register_buffer("warm", torch.tensor(True))
 
@@ -111,12 +126,17 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         return super().arguments | {"s": self.s, "q": self.q, "warmup_tokens": self.warmup_tokens}
 
     def choose(self, rows: Tensor) -> tuple[Tensor, Active, Tensor]:
-        quotas = zipf_quotas(self.k, len(rows), self.d_sae, self.s, self.q)  # checks the batch, in warm-up too
         if self.training:
             self.warm.fill_(self.tokens_seen < (self.dead_after if self.warmup_tokens is None else self.warmup_tokens))
+            given = (0.0, 0.0) if self.s is None else (self.s, self.q)  # at (0, 0) all get k · B / d_sae
+            zipf_quotas(self.k, len(rows), self.d_sae, *given)  # refuses a batch too small, in warm-up too
+            if self.warm:
+                self.quota.fill_(len(rows))
+            elif not self.law.any():
+                self.law.copy_(torch.tensor(zipf_fit(self.density) if self.s is None else given))
         if self.warm:
-            self.quota.fill_(len(rows))
             return super().choose(rows)
+        quotas = zipf_quotas(self.k, len(rows), self.d_sae, *self.law.tolist(), check=self.s is not None)
         quota = torch.empty_like(self.quota)
         quota[self.density.argsort(descending=True, stable=True)] = quotas.to(quota.device)
         if self.training:
@@ -131,15 +151,15 @@ def zipf(n: int, s: float, q: float) -> Tensor:
 
 
 @functools.lru_cache(8)
-def zipf_quotas(k: int, batch: int, n: int, s: float, q: float) -> Tensor:
+def zipf_quotas(k: int, batch: int, n: int, s: float, q: float, check: bool = True) -> Tensor:
     """Matches m_r [n], falling, for ranks r = 1 … n: whole numbers between 1 and `batch` that sum to k · batch.
 
     c · (r + q)^(−s) clamped to [1, batch], c such that the sum is right: what the cap cuts off goes to the others in
-    proportion. Rounded by largest remainders. Raises ValueError as `FeatureChoiceSAE` says.
+    proportion. Rounded by largest remainders. Raises ValueError as `FeatureChoiceSAE` says, unless told not to `check`.
     """
     shares, budget = zipf(n, s, q), k * batch
     least = math.ceil(1 / (k * shares[n // 2].item()))
-    if batch < max(least, n / k):
+    if check and batch < max(least, n / k):
         raise ValueError(
             f"a batch of {batch:,} tokens gives {(budget * shares < 1).double().mean():.0%} of the {n:,} latents less than "
             f"one match: use batches of at least {max(least, math.ceil(n / k)):,} tokens, a larger k (now {k}), a smaller s "
@@ -157,21 +177,23 @@ def zipf_quotas(k: int, batch: int, n: int, s: float, q: float) -> Tensor:
 
 
 def zipf_fit(density: Tensor) -> tuple[float, float]:
-    """(s, q) of density ≈ c (r + q)^(−s), by least squares of log density on log(r + q) over the latents that fire.
+    """(s, q) of density ≈ c (r + q)^(−s) over the latents that fire, by least squares of log density on log(r + q).
 
-    q is searched on a grid of 0 and 60 values up to the number of latents; s follows. Needs at least 3 latents that fire.
+    Rank r weighs 1/r, so that each tenfold of ranks counts alike and the many rare latents do not outvote the rest. q is
+    searched on a grid of 0 and 60 values from 0.1 to the number of latents; s follows. ValueError if fewer than 3 fire.
     """
     d = density.double().cpu()
     d = d[d > 0].sort(descending=True).values.log()
     if len(d) < 3:
         raise ValueError(f"{len(d)} latents fire: a fit of Zipf's law needs at least 3")
-    best = (math.inf, 0.0, 0.0)
-    for q in [0.0, *torch.logspace(-1, math.log10(len(d)), 60).tolist()]:
-        t = (torch.arange(1, len(d) + 1, dtype=torch.double) + q).log()
-        t, y = t - t.mean(), d - d.mean()
-        slope = (t @ y) / (t @ t)
-        best = min(best, ((y - slope * t).square().sum().item(), -slope.item(), q))
-    return best[1:]
+    r = torch.arange(1, len(d) + 1, dtype=torch.double)
+    weight = (1 / r) / (1 / r).sum()
+    q = torch.cat([torch.zeros(1, dtype=torch.double), torch.logspace(-1, math.log10(len(d)), 60, dtype=torch.double)])
+    t = (r + q[:, None]).log()
+    t, y = t - (t @ weight)[:, None], d - d @ weight
+    slope = (t * y) @ weight / (t.square() @ weight)
+    best = ((y - slope[:, None] * t).square() @ weight).argmin()
+    return max(0.0, -slope[best].item()), q[best].item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,16 +75,23 @@ def reconstruction_loss(
 
 
 def aux_zipf_loss(
-    sae, batch, alpha: float = 1 / 32, k_aux: int | None = None, s: float = 1.0, q: float = 10.0, distance=batch_fvu
+    sae,
+    batch,
+    alpha: float = 1 / 32,
+    k_aux: int | None = None,
+    s: float | None = None,
+    q: float | None = None,
+    share: float = 1.0,
+    distance=batch_fvu,
 ) -> dict[str, Tensor]:
     """Batch FVU + α · AuxK of the underused latents, dead or not (our reading of arXiv 2411.02124, which gives no formula).
 
-    Underused: a running density below what Zipf's law, (r + q)^(−s), expects of the latent's rank r; see
+    Underused: a running density below `share` of what Zipf's law, (r + q)^(−s), expects of the latent's rank r; see
     `MutualChoiceSAE.underused`. Where every expectation is 0⁺ this is `reconstruction_loss`. For the Choice SAEs.
     """
     if not hasattr(sae, "underused"):
         raise ValueError(f"{type(sae).__name__} keeps no running density: aux_zipf_loss is for the Choice SAEs")
-    return reconstruction_loss(sae, batch, alpha, k_aux, distance, among=lambda sae: sae.underused(s, q))
+    return reconstruction_loss(sae, batch, alpha, k_aux, distance, among=lambda sae: sae.underused(s, q, share))
 
 
 def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, distance=batch_fvu) -> dict[str, Tensor]:

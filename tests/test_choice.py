@@ -108,11 +108,17 @@ def test_a_batch_too_small_for_its_latents_is_refused_with_the_batch_that_would_
         zipf_quotas(k, needed - 1, 50, s, q)
 
 
+def test_a_batch_too_small_is_refused_before_the_law_is_known():
+    with pytest.raises(ValueError, match="at least 25 tokens"):
+        FeatureChoiceSAE(4, 50, 2)(torch.randn(24, 4))
+
+
 def test_quota_is_the_batch_in_warm_up_and_afterwards_no_batch_exceeds_it():
     torch.manual_seed(0)
-    sae = FeatureChoiceSAE(16, 64, 4, warmup_tokens=300)
+    sae = FeatureChoiceSAE(16, 64, 4, warmup_tokens=300)  # the law is fitted at its end
     mutual = MutualChoiceSAE(16, 64, 4)
     mutual.load_state_dict(sae.state_dict(), strict=False)
+    laws = []
     for n in range(8):
         x = torch.randn(100, 16)
         out = sae(x)
@@ -120,6 +126,8 @@ def test_quota_is_the_batch_in_warm_up_and_afterwards_no_batch_exceeds_it():
             assert (sae.quota == 100).all()
             assert torch.equal(out.latents, mutual(x).latents), "warm-up is Mutual Choice"
             continue
+        laws.append(sae.law.clone())
+        assert torch.equal(sae.law, laws[0]) and sae.law[0] > 0, "fitted once"
         fired = (out.latents > 0).sum(0)
         assert sae.quota.sum() == 400 and (fired <= sae.quota).all() and (fired > 0).all()
     order = sae.density.argsort(descending=True)
@@ -129,7 +137,7 @@ def test_quota_is_the_batch_in_warm_up_and_afterwards_no_batch_exceeds_it():
 @pytest.mark.parametrize("cls", BOTH)
 def test_calibrated_thresholds_meet_the_budget_and_inference_looks_at_one_token_at_a_time(cls):
     torch.manual_seed(0)
-    sae = cls(16, 64, 4) if cls is MutualChoiceSAE else cls(16, 64, 4, warmup_tokens=0)
+    sae = cls(16, 64, 4) if cls is MutualChoiceSAE else cls(16, 64, 4, s=1.0, q=10.0, warmup_tokens=0)
     for _ in range(5):
         sae(torch.randn(200, 16))
     sae.eval()
@@ -209,7 +217,8 @@ def test_with_expectations_of_almost_0_the_zipf_loss_is_auxk():
     sae.k = 1e-9  # expectations are k times a share
     assert torch.equal(sae.underused(), sae.dead())
     sae.k = 2
-    sae.underused = lambda s, q: sae.dead()
+    assert torch.equal(sae.underused(share=1e-9), sae.dead())
+    sae.underused = lambda *_: sae.dead()
     assert aux_zipf_loss(sae, x)["loss"] == share["loss"]
     del sae.underused
     sae.load_state_dict(state)
@@ -219,6 +228,11 @@ def test_with_expectations_of_almost_0_the_zipf_loss_is_auxk():
 def test_zipf_fit_finds_exponent_and_offset():
     s, q = zipf_fit(torch.cat([zipf(500, 1.3, 7.0), torch.zeros(9)])[torch.randperm(509)])
     assert s == pytest.approx(1.3, abs=0.05) and q == pytest.approx(7, abs=0.8)
+    exact = zipf(500, 1.3, 0.0)
+    exact[450:] /= 5  # a tail that no longer follows the law hardly moves the fit
+    assert zipf_fit(exact)[0] == pytest.approx(1.3, abs=0.15) and zipf_fit(exact[:3]) == pytest.approx(
+        (1.3, 0), abs=1e-9
+    )
     with pytest.raises(ValueError, match="2 latents fire"):
         zipf_fit(torch.tensor([0.5, 0.25, 0]))
 
@@ -228,6 +242,10 @@ def test_wrong_settings_are_named():
         with pytest.raises(ValueError, match="k=0.*between 1 and d_sae=8"):
             cls(4, 8, 0)
     with pytest.raises(ValueError, match="s=-1.*at least 0"):
-        FeatureChoiceSAE(4, 8, 2, s=-1)
+        FeatureChoiceSAE(4, 8, 2, s=-1, q=0)
+    with pytest.raises(ValueError, match="q=None.*both None"):
+        FeatureChoiceSAE(4, 8, 2, s=1)
+    with pytest.raises(ValueError, match="warmup_tokens=0.*s and q"):
+        FeatureChoiceSAE(4, 8, 2, warmup_tokens=0)
     with pytest.raises(ValueError, match="TopKSAE keeps no running density"):
         aux_zipf_loss(TopKSAE(4, 8, 2), torch.randn(16, 4))
