@@ -124,8 +124,8 @@ CLAIMS = [
     Claim("2410.14670", "The error's squared norm is more than 90% linearly predictable", "06_dark_matter",
           "claims/‖e‖² is more than 90% linear in x/here", (">", 0.9),
           {"best of ‖x‖, token, position, Gaussian": "claims/‖e‖² is more than 90% linear in x/control"}),
-    Claim("2410.14670", "FVU_nonlinear is flat in width: its exponent is less than a quarter of FVU's", "06_dark_matter",
-          "claims/FVU_nonlinear is flat in width/here", (">", 0.75),
+    Claim("2410.14670", "FVU_nonlinear is flat in width: 1 − the ratio of its exponent to FVU's is .75 to 1.25", "06_dark_matter",
+          "claims/FVU_nonlinear is flat in width/here", ("=", 1, 0.25),
           {"Gaussian data of the same covariance": "claims/FVU_nonlinear is flat in width/control"}),
     Claim("2410.14670", "Per-token error norms predict each other across widths: R² is above .5", "06_dark_matter",
           "claims/‖e‖ predicts ‖e‖ across widths/here", (">", 0.5),
@@ -263,9 +263,17 @@ def reference_runs(path=SWEEP) -> dict[str, dict[int, runs.Run]]:
     text or model) the version with most seeds counts, and of equally many the one that the sweep would make now.
     """
     now = [runs.find_run(name, params, needs_saes=False) for name, params in sweep.planned(path)]
-    committed = [run_at(file.parent) for file in sorted(runs.REFERENCE.glob("*/*/manifest.json"))]
+    return by_seed([*filter(None, now), *committed()])
+
+
+def committed() -> list[runs.Run]:
+    return [run_at(file.parent) for file in sorted(runs.REFERENCE.glob("*/*/manifest.json"))]
+
+
+def by_seed(of_all_versions) -> dict[str, dict[int, runs.Run]]:
+    """{notebook: {seed: run}} of the version that has most seeds; of equally many, that of the earliest run in the list."""
     versions: dict[str, dict[str, dict]] = {}
-    for run in filter(None, [*now, *committed]):
+    for run in of_all_versions:
         versions.setdefault(run.name, {}).setdefault(version(run.manifest), {}).setdefault(run.manifest["seed"], run)
     return {name: max(of_version.values(), key=len) for name, of_version in versions.items()}
 
@@ -307,14 +315,32 @@ def section(rows) -> str:
         f"{sum(row['verdict'] == word for row in rows)} {word}" for word in ("holds", "fails", "undecided")
     )
     return (
-        f"## Claims\n\nOf {len(rows)} claims of the five papers, at this scale: {counts}. A verdict is that of the 95% interval of the "
+        f"## Claims\n\nOf {len(rows)} claims of the papers, at this scale: {counts}. A verdict is that of the 95% interval of the "
         "mean over seeds; [claims.json](outputs/reference/claims.json) has the values of each seed, the controls and the runs.\n\n"
         f"{table(rows)}\n"
     )
 
 
-def details(rows) -> str:
-    """claims.md: the table, then for each claim its metric, comparison, values and controls."""
+def made(found) -> str:
+    """What the runs took, and on what, as a Markdown table."""
+    lines = ["| notebook | seeds | minutes a seed | machine |", "|---|---|---|---|"]
+    hours = 0.0
+    for name, of_seed in sorted(found.items()):
+        minutes = [run.manifest["wall_seconds"] / 60 for run in of_seed.values()]
+        hours += sum(minutes) / 60
+        machines = {run.manifest["gpu"] or f"{run.manifest['threads']} CPU threads" for run in of_seed.values()}
+        cells = [
+            f"`{name}`",
+            ", ".join(map(str, sorted(of_seed))),
+            f"{np.mean(minutes):.1f}",
+            ", ".join(sorted(machines)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{hours:.1f} hours in all."])
+
+
+def details(rows, found) -> str:
+    """claims.md: the table, then for each claim its metric, comparison, values and controls; and what the runs took."""
     parts = ["# Claims of the papers, and what the reference runs say", table(rows)]
     for row in rows:
         values = ", ".join("none" if v is None else f"{v:.4g}" for v in row["values"])
@@ -329,7 +355,7 @@ def details(rows) -> str:
                     f"Control, {name} (`{control['metric']}`): {control['mean']:.3g} [{low}, {high}], {control['n']} seeds."
                 )
         parts.append("\n".join(lines) + f"\nRuns: {', '.join(row['run_ids'])}.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, "# The runs", made(found)]) + "\n"
 
 
 def shown_in(readme: str) -> str | None:
@@ -366,7 +392,7 @@ def collect(path=SWEEP, readme=README) -> list[dict]:
     rows = evaluate(found)
     if rows:
         write_json(home / "claims.json", rows)
-        write_text(home / "claims.md", details(rows))
+        write_text(home / "claims.md", details(rows, found))
         write_text(readme, MARKED.sub(lambda m: m[1] + section(rows) + m[3], Path(readme).read_text()))
     return rows
 

@@ -95,7 +95,16 @@ def committed(reference, seed, metrics, code="c", name="01_toy"):
         "parameters": {"seed": seed, "k": 8},
         "finished": True,
     }
-    about |= {"code": code, "sources": {}, "corpus_hash": "t", "model_hash": "m", "requires": {}}
+    about |= {
+        "wall_seconds": 60.0,
+        "gpu": None,
+        "threads": 2,
+        "code": code,
+        "sources": {},
+        "corpus_hash": "t",
+        "model_hash": "m",
+        "requires": {},
+    }
     write_json(directory / "manifest.json", about)
     write_json(directory / "metrics.json", metrics)
 
@@ -187,7 +196,8 @@ def test_collected_runs_count_as_finished_and_make_the_table(reference, tmp_path
     (row,) = sweep_all(3)
     assert row["values"] == pytest.approx([1, 1.1, 1.2]) and row["verdict"] == "holds"
     assert read_json(home / "claims.json") == json.loads(json.dumps([row]))
-    assert row["claim"] in (home / "claims.md").read_text()
+    text = (home / "claims.md").read_text()
+    assert row["claim"] in text and "| `02_toy` | 0, 1, 2 |" in text and "hours in all" in text
     readme = (tmp_path / "README.md").read_text()
     assert (
         claims.shown_in(readme) == claims.section([row])
@@ -229,7 +239,7 @@ def test_readme_claims_and_manifests_agree():
         return
     rows = read_json(HOME / "claims.json")
     assert shown == claims.section(rows), "run `python -m sae_utils.claims collect`"
-    assert (HOME / "claims.md").read_text() == claims.details(rows)
+    assert (HOME / "claims.md").read_text() == claims.details(rows, claims.by_seed(claims.committed()))
     of_text = {(claim.paper, claim.claim): claim for claim in CLAIMS}
     for row in rows:
         of_seed = {
