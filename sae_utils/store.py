@@ -57,7 +57,7 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
         cfg["reshape_activations"] = "hook_z"
     if sae.architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    ours = {"class": type(sae).__name__, "arguments": sae.arguments}
+    ours = {"class": type(sae).__name__, "arguments": sae.arguments, "dead_after": sae.dead_after}
     cfg["metadata"] = {"sae_lens_version": SAELENS_VERSION, "prepend_bos": False, **(metadata or {}), "sae_utils": ours}
     with replacing(path) as new:
         new.mkdir()
@@ -86,6 +86,7 @@ def load_sae(path, device: str = "cpu"):
             if not (extra := path / "sae_utils_state.safetensors").exists():
                 raise ValueError(f"{extra.name} is missing")
             state |= load_file(extra)
+            sae.dead_after = ours.get("dead_after", sae.dead_after)
         else:
             if set(state) != set(names := WEIGHTS[cfg["architecture"]]):
                 raise ValueError(f"it holds the tensors {', '.join(sorted(state))}, not {', '.join(names)}")

@@ -22,6 +22,7 @@ def sae():
             parameter += 0.1 * torch.randn_like(parameter)
         sae.initialised.fill_(True)
     sae.train()
+    sae.dead_after = 12
     for _ in range(3):
         sae(torch.randn(5, 6))
     assert len(set(sae.tokens_since_fired.tolist())) > 2
@@ -34,6 +35,7 @@ def same(a, b) -> bool:
     return (
         type(a) is type(b)
         and a.arguments == b.arguments
+        and a.dead_after == b.dead_after
         and a_state.keys() == b_state.keys()
         and all(a_state[key].dtype == b_state[key].dtype for key in a_state)
         and all(torch.equal(a_state[key], b_state[key]) for key in a_state)
