@@ -91,7 +91,11 @@ def test_saelens_finds_what_it_wants(sae, tmp_path):
     assert int(metadata["sae_lens_version"].split(".")[0]) >= 6
     assert (metadata["model_name"], metadata["hook_name"]) == ("m", "blocks.1.hook_resid_pre")
     assert metadata["context_size"] == 8 and metadata["prepend_bos"] is False
-    assert metadata["sae_utils"] == {"class": "TopKSAE", "arguments": {"d_in": 6, "d_sae": 20, "k": 3}}
+    assert metadata["sae_utils"] == {
+        "class": "TopKSAE",
+        "arguments": {"d_in": 6, "d_sae": 20, "k": 3},
+        "dead_after": 12,
+    }
     weights = load_file(tmp_path / "sae" / "sae_weights.safetensors")
     shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
     assert shapes == {"W_enc": [6, 20], "b_enc": [20], "W_dec": [20, 6], "b_dec": [6]}
