@@ -179,21 +179,30 @@ def specificity(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
     return (own.mean(-1) - mean) / variance.clamp_min(1e-12).sqrt()
 
 
-def effects(lm, rows, hook_name: str, edit, targets: Tensor, positions=None, at=None, at_once: int = AT_ONCE) -> dict:
-    """What n interventions do to the predictions: means over contexts and the positions `at`, each [n] on the CPU.
+def effects(
+    lm, rows, hook_name: str, edit, targets, positions=None, at=None, *, also=None, each_context=False, at_once=AT_ONCE
+) -> dict[str, Tensor]:
+    """What n interventions do to the predictions: means over the positions `at` and the contexts, each [n] on the CPU.
 
+    With `each_context` the mean is over positions alone, [n, contexts] (norm [n, 1]). also {name: targets}: further sets of
+    tokens, of which `target_logprob` is measured under that name.
     targets [n, n_targets]: tokens of each intervention. rows, positions, at: as in `steer`. kl: KL(unsteered ‖ steered) in nats.
     max_logit: max over the vocabulary of |Δ logit|. target_logprob, specificity: the functions of these names. norm: mean
     ‖x_new − x‖ where edited. logprob_per_norm: target_logprob / norm, nats per unit of x (0 where nothing was changed).
     """
-    parts = []
+    parts, also = [], also or {}
     for part, logits, new, norm in steer(lm, rows, hook_name, edit, positions, at, at_once):
         own = targets[part].to(new.device)
         measured = [kl_divergence(logits, new), (new - logits).abs().amax(-1)]
         measured += [target_logprob(logits, new, own), specificity(logits, new, own)]
-        means = [m.mean((1, 2)) for m in measured]
-        parts.append(torch.stack([*means, norm, torch.where(norm > 0, means[2] / norm.clamp_min(1e-12), 0)]))
-    return dict(zip(MEASURES, torch.cat(parts, 1).cpu()))
+        means = [m.mean(2) if each_context else m.mean((1, 2)) for m in measured]
+        norm = norm[:, None] if each_context else norm
+        means += [norm, torch.where(norm > 0, means[2] / norm.clamp_min(1e-12), 0)]
+        for more in also.values():
+            change = target_logprob(logits, new, more[part].to(new.device))
+            means.append(change.mean(2) if each_context else change.mean((1, 2)))
+        parts.append([m.cpu() for m in means])
+    return {name: torch.cat(found) for name, found in zip([*MEASURES, *also], zip(*parts))}
 
 
 def latent_effects(
@@ -312,19 +321,23 @@ def success_rate(lm, generated: Tensor, n_prompt: int, check) -> np.ndarray:
     return np.array([[check(lm.tokenizer.decode(t)) for t in one[:, n_prompt:].tolist()] for one in generated]).mean(1)
 
 
-def useful_range(strengths, effect, nats, unsteered: float, factor: float = 2.0) -> float:
-    """The effect that can be had before fluency breaks: max of `effect` over strengths at which the perplexity of what is
-    generated is at most `factor` times that without steering (ours), linearly interpolated to the strength where it breaks.
+def breaks_at(strengths, nats, factor: float = 2.0) -> float:
+    """The strength at which fluency breaks: where the perplexity of what is generated is first `factor` (ours) times that
+    without steering, linearly interpolated in nats; the largest strength if it never is.
 
-    strengths rising from 0; effect, nats [n_strengths] (mean cross-entropy of generations); unsteered: nats at strength 0.
+    strengths rising from 0; nats [n_strengths], mean cross-entropy of generations. ValueError if the first strength is not 0.
     """
-    strengths, effect, excess = (np.asarray(v, dtype=float) for v in (strengths, effect, nats))
-    excess = excess - unsteered - np.log(factor)
+    if strengths[0] != 0:
+        raise ValueError(f"strengths begin at {strengths[0]:g}: the first has to be 0, the unsteered model")
+    excess = np.asarray(nats, dtype=float) - nats[0] - np.log(factor)
     broken = np.flatnonzero(excess > 0)
     if not len(broken):
-        return float(effect.max())
-    i = int(broken[0])
-    if i == 0:
-        return 0.0
-    share = -excess[i - 1] / (excess[i] - excess[i - 1])
-    return float(max(effect[:i].max(), effect[i - 1] + share * (effect[i] - effect[i - 1])))
+        return float(strengths[-1])
+    around = slice(broken[0] - 1, broken[0] + 1)
+    return float(np.interp(0, excess[around], strengths[around]))
+
+
+def useful_range(strengths, effect, nats, factor: float = 2.0) -> float:
+    """The effect that can be had before fluency breaks: the largest `effect` [n_strengths] up to `breaks_at`, interpolated there."""
+    effect, end = np.asarray(effect, dtype=float), breaks_at(strengths, nats, factor)
+    return float(max(np.interp(end, strengths, effect), effect[np.asarray(strengths) <= end].max()))

@@ -9,6 +9,7 @@ from sae_utils.steering import (
     CONCEPTS,
     Add,
     SetLatent,
+    breaks_at,
     direct_logits,
     effects,
     generate,
@@ -152,6 +153,15 @@ def test_effect_per_norm_is_the_effect_over_the_length_added(tiny_gpt2, rows):
     found = effects(tiny_gpt2, rows, HOOK, Add(3.0 * torch.eye(2, 16)), torch.tensor([[5], [6]]), at=[9])
     assert found["norm"].tolist() == pytest.approx([3, 3])
     torch.testing.assert_close(found["logprob_per_norm"], found["target_logprob"] / 3)
+    other = {"other": torch.tensor([[6], [5]])}
+    push = Add(3.0 * torch.eye(2, 16))
+    each = effects(tiny_gpt2, rows, HOOK, push, torch.tensor([[5], [6]]), at=[9], each_context=True, also=other)
+    swapped = effects(tiny_gpt2, rows, HOOK, push, other["other"], at=[9])
+    torch.testing.assert_close(each.pop("other").mean(1), swapped["target_logprob"])
+    assert each["norm"].shape == (2, 1)
+    for name, value in each.items():
+        torch.testing.assert_close(value.mean(1), found[name])
+        assert name == "norm" or value.shape == (2, 3)
     nothing = effects(tiny_gpt2, rows, HOOK, Add(torch.zeros(1, 16)), torch.tensor([[5]]))
     assert all(abs(float(v)) < 1e-5 for k, v in nothing.items() if k != "specificity")
 
@@ -159,10 +169,15 @@ def test_effect_per_norm_is_the_effect_over_the_length_added(tiny_gpt2, rows):
 def test_useful_range_by_hand():
     # perplexity doubles (0.693 nats) halfway between strengths 1 and 2, where the effect is 3
     nats = [1.0, 1.0 + np.log(2) / 2, 1.0 + 1.5 * np.log(2)]
-    assert useful_range([0, 1, 2], [0, 2, 4], nats, 1.0) == pytest.approx(3)
-    assert useful_range([0, 1, 2], [0, 2, 1], [1, 1, 1], 1.0) == 2  # never breaks: the largest effect
-    assert useful_range([0, 1, 2], [0, 2, 1], nats, 1.0) == 2  # the effect falls before
-    assert useful_range([1, 2], [2, 4], [9, 9], 1.0) == 0
+    assert breaks_at([0, 1, 2], nats) == pytest.approx(1.5)
+    assert useful_range([0, 1, 2], [0, 2, 4], nats) == pytest.approx(3)
+    assert breaks_at([0, 1, 2], [1, 1, 1]) == 2
+    assert useful_range([0, 1, 2], [0, 2, 1], [1, 1, 1]) == 2  # never breaks: the largest effect
+    assert useful_range([0, 1, 2], [0, 2, 1], nats) == 2  # the effect falls before
+    assert breaks_at([0, 1, 2], [1.0, 2.0, 1.0]) == pytest.approx(np.log(2))  # the first time counts
+    assert useful_range([0, 1, 2], [0, -1, 2], [1.0, 2.0, 1.0]) == 0
+    with pytest.raises(ValueError, match="strengths begin at 1: the first has to be 0"):
+        breaks_at([1, 2], [1, 9])
 
 
 def test_concept_checks():
