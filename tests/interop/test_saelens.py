@@ -12,8 +12,10 @@ import sae_lens
 import torch
 
 from sae_utils import (
+    FeatureChoiceSAE,
     GatedSAE,
     JumpReluSAE,
+    MutualChoiceSAE,
     ReluSAE,
     TopKSAE,
     load_language_model,
@@ -35,11 +37,13 @@ def x():
     return torch.randn(200, D_IN, generator=torch.Generator().manual_seed(1)) + 1
 
 
-OURS = {  # architecture there: SAE, loss here
+OURS = {  # SAE and loss here; the key begins with the architecture there
     "standard": (lambda: ReluSAE(D_IN, D_SAE), l1_loss),
     "gated": (lambda: GatedSAE(D_IN, D_SAE), gated_loss),
     "topk": (lambda: TopKSAE(D_IN, D_SAE, k=5), reconstruction_loss),
     "jumprelu": (lambda: JumpReluSAE(D_IN, D_SAE), jumprelu_loss),
+    "jumprelu, one threshold": (lambda: MutualChoiceSAE(D_IN, D_SAE, k=5), reconstruction_loss),
+    "jumprelu, one each": (lambda: FeatureChoiceSAE(D_IN, D_SAE, k=5), reconstruction_loss),
 }
 
 
@@ -71,7 +75,8 @@ def test_ours_opens_in_saelens(tmp_path, x, architecture):
     sae = trained(architecture, x)
     about = {"model_name": "python-lm", "hook_name": "blocks.3.hook_resid_pre", "context_size": 128}
     theirs = sae_lens.SAE.load_from_disk(save_sae(sae, tmp_path / "sae", about))
-    assert theirs.cfg.architecture() == architecture
+    assert theirs.cfg.architecture() == architecture.split(",")[0]
+    assert type(load_sae(tmp_path / "sae")) is type(sae)
     assert theirs.cfg.metadata.hook_name == about["hook_name"] and theirs.cfg.metadata.context_size == 128
     agree(sae, theirs, x)
 
