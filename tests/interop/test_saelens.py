@@ -107,7 +107,7 @@ def test_ours_saved_again_by_saelens_comes_back(tmp_path, x, architecture):
     sae = trained(architecture, x)
     sae_lens.SAE.load_from_disk(save_sae(sae, tmp_path / "sae")).save_model(tmp_path / "again")
     again = load_sae(tmp_path / "again")
-    assert type(again) is type(sae)
+    assert again.architecture == sae.architecture  # of the class behind it SAELens keeps nothing
     torch.testing.assert_close(again(x).x_hat, sae(x).x_hat, **close)
 
 
