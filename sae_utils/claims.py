@@ -114,6 +114,7 @@ CLAIMS = [
     Claim("2411.10397", "Latents of g-SAE steer better than TopK's in arbitrary contexts, at matched fluency", "07_steering",
           "useful_arbitrary/g-SAE - useful_arbitrary/TopK", (">", 0),
           {"random directions − TopK": "useful_arbitrary/random - useful_arbitrary/TopK",
+           "tokens that follow where a latent fires": "useful_follows/g-SAE - useful_follows/TopK",
            "own contexts": "useful_own/g-SAE - useful_own/TopK"}),
     Claim("2411.10397", "Latents of g-SAE are as interpretable as TopK's: F1 of a rule within .02", "08_compare",
           "f1/g-SAE - f1/TopK", ("=", 0, 0.02), {"rule of another latent": "f1_another", "random directions": "f1/random directions"}),
