@@ -136,7 +136,7 @@ class Moments:
 
     def add(self, u: Tensor, v: Tensor) -> None:
         """u [n, d_u], v [n, d_v]."""
-        for part_u, part_v in zip(u.split(8192), v.split(8192)):
+        for part_u, part_v in zip(u.split(2048), v.split(2048)):
             both = torch.cat([part_u.double(), part_v.double()], 1)
             left = both if self.joint else both[:, : u.shape[1]]
             now = [both.sum(0), left.T @ both]
@@ -307,6 +307,13 @@ class ErrorSplit:
         return values
 
 
+def slices(stream, size: int = 2048):
+    """The stream in slices so small that what is computed of them in fp64 takes no memory to speak of."""
+    for batch in stream:
+        for i in range(0, len(batch["x"]), size):
+            yield {key: value[i : i + size] for key, value in batch.items()}
+
+
 FIVE = ("x", "x_hat", "error", "linear", "nonlinear")
 
 
@@ -320,7 +327,7 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     in both streams.
     """
     moments, norm_moments, seen = Moments(), Moments(), set()
-    for batch in fit:
+    for batch in slices(fit):
         moments.add(batch["x"], batch["x"] - sae(batch["x"]).x_hat)
         seen |= set(batch["row"].unique().tolist())
     vector = moments.fit(rows_per_input)
@@ -333,12 +340,12 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     def squares(parts):
         return torch.stack([part.double().square().sum(1) for part in parts.values()], 1)
 
-    for batch in fit:
+    for batch in slices(fit):
         norm_moments.add(batch["x"], squares(five(batch["x"])))
     norm = norm_moments.fit(rows_per_input)
     scores = {name: Scores() for name in ("r2", "fvu", "fvu_nonlinear", *(f"r2_norm_{name}" for name in FIVE))}
     norms = {"error": [], "nonlinear": []}
-    for batch in test:
+    for batch in slices(test):
         x, row = batch["x"], batch["row"]
         if both := seen & set(row.unique().tolist()):
             raise ValueError(f"context {min(both)} is in both streams: split by context, not by token")
