@@ -101,6 +101,12 @@ def test_what_cannot_be_steered_is_said(tiny_gpt2, rows, sae):
         SetLatent(sae, [4, 5])
     with pytest.raises(ValueError, match="position 10 is outside the context: allowed are 0 to 9"):
         next(steer(tiny_gpt2, rows, HOOK, Add(torch.ones(1, 16)), positions=[10]))
+    with pytest.raises(ValueError, match="position -1 is outside the context: allowed are 0 to 9"):
+        effects(tiny_gpt2, rows, HOOK, Add(torch.ones(1, 16)), torch.tensor([[5]]), at=[-1])
+    with pytest.raises(ValueError, match="position 12 is outside the context: allowed are 0 to 11"):
+        generate(tiny_gpt2, rows, 2, HOOK, Add(torch.ones(1, 16)), positions=[12])
+    with pytest.raises(ValueError, match="latent -1: this SAE has latents 0 to 39"):
+        SetLatent(sae, [-1])
     with pytest.raises(ValueError, match="more than the model's context of 32"):
         generate(tiny_gpt2, rows, 23, HOOK, Add(torch.ones(1, 16)))
     with pytest.raises(ValueError, match="contexts for 2 interventions, but there are 3"):
@@ -155,7 +161,9 @@ def test_effect_per_norm_is_the_effect_over_the_length_added(tiny_gpt2, rows):
     torch.testing.assert_close(found["logprob_per_norm"], found["target_logprob"] / 3)
     other = {"other": torch.tensor([[6], [5]])}
     push = Add(3.0 * torch.eye(2, 16))
-    each = effects(tiny_gpt2, rows, HOOK, push, torch.tensor([[5], [6]]), at=[9], each_context=True, also=other)
+    each = effects(
+        tiny_gpt2, rows, HOOK, push, torch.tensor([[5], [6]]), at=[9], each_context=True, also=other, at_once=1
+    )
     swapped = effects(tiny_gpt2, rows, HOOK, push, other["other"], at=[9])
     torch.testing.assert_close(each.pop("other").mean(1), swapped["target_logprob"])
     assert each["norm"].shape == (2, 1)
