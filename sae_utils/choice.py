@@ -61,7 +61,7 @@ class MutualChoiceSAE(ReluSAE):
         bound = 0.7 * self.threshold.min().item()  # a guess, which saves time where it is right
         return mutual_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k * len(rows), bound)
 
-    def underused(self, s: float | None = None, q: float | None = None, share: float = 1.0) -> Tensor:
+    def underused(self, s: float | None = None, q: float | None = None, share: float = 0.3) -> Tensor:
         """Boolean [d_sae]: running density below `share` of k · (r + q)^(−s) / Σ, at most 1, r the rank by falling density (ours).
 
         s, q None: as `zipf_fit` finds them for the running density. A dead latent's density counts as 0 and a living one's as at

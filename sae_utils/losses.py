@@ -81,13 +81,14 @@ def aux_zipf_loss(
     k_aux: int | None = None,
     s: float | None = None,
     q: float | None = None,
-    share: float = 1.0,
+    share: float = 0.3,
     distance=batch_fvu,
 ) -> dict[str, Tensor]:
     """Batch FVU + α · AuxK of the underused latents, dead or not (our reading of arXiv 2411.02124, which gives no formula).
 
     Underused: a running density below `share` of what Zipf's law, (r + q)^(−s), expects of the latent's rank r; see
-    `MutualChoiceSAE.underused`. Where every expectation is 0⁺ this is `reconstruction_loss`. For the Choice SAEs.
+    `MutualChoiceSAE.underused`. Where every expectation is 0⁺ this is `reconstruction_loss`. At share = 1 half of the latents are
+    below, and having to explain the error besides kills many of them (measured in notebook 05). For the Choice SAEs.
     """
     if not hasattr(sae, "underused"):
         raise ValueError(f"{type(sae).__name__} keeps no running density: aux_zipf_loss is for the Choice SAEs")

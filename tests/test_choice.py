@@ -197,11 +197,12 @@ def test_underused_by_hand():
     sae.dead_after = 10
     # shares 1/2, 1/3, 1/6 · … of one latent a token, s = 1, q = 0: expected 6/11, 3/11, 2/11 by falling density
     sae.density.copy_(torch.tensor([0.2, 0.6, 0.3]))
-    assert sae.underused(1.0, 0.0).tolist() == [False, False, False]
+    assert sae.underused(1.0, 0.0, 1.0).tolist() == [False, False, False]
     sae.density.copy_(torch.tensor([0.1, 0.6, 0.25]))
-    assert sae.underused(1.0, 0.0).tolist() == [True, False, True]
+    assert sae.underused(1.0, 0.0, 1.0).tolist() == [True, False, True]
+    assert sae.underused(1.0, 0.0, 0.9).tolist() == [True, False, False]  # 0.25 is not below 0.9 · 3/11
     sae.tokens_since_fired[1] = 10  # dead, whatever its density was: last in rank
-    assert sae.underused(1.0, 0.0).tolist() == [True, True, True]
+    assert sae.underused(1.0, 0.0, 1.0).tolist() == [True, True, True]
 
 
 def test_with_expectations_of_almost_0_the_zipf_loss_is_auxk():
