@@ -223,7 +223,8 @@ def test_with_expectations_of_almost_0_the_zipf_loss_is_auxk():
     assert aux_zipf_loss(sae, x)["loss"] == share["loss"]
     del sae.underused
     sae.load_state_dict(state)
-    assert sae.underused().sum() > sae.dead().sum() and aux_zipf_loss(sae, x)["auxk"] != share["auxk"]
+    assert sae.underused(share=1.0).sum() > sae.dead().sum()
+    assert aux_zipf_loss(sae, x, share=1.0)["auxk"] != share["auxk"]
 
 
 def test_zipf_fit_finds_exponent_and_offset():
