@@ -14,7 +14,7 @@ from torch import Tensor
 from .lm import check_hook, run_prefix, run_spliced, token_loss
 from .metrics import kl_divergence
 
-AT_ONCE = 2**24  # floats that the largest tensor of a chunk of interventions holds: 64 MiB
+AT_ONCE = 2**22  # floats that the largest tensor of a chunk of interventions holds: 16 MiB, what a CPU keeps near
 MEASURES = ("kl", "max_logit", "target_logprob", "specificity", "norm", "logprob_per_norm")
 
 
@@ -287,7 +287,7 @@ def generate(
 
 
 @torch.no_grad()
-def generation_nats(lm, generated: Tensor, n_prompt: int, batch_rows: int = 256) -> Tensor:
+def generation_nats(lm, generated: Tensor, n_prompt: int, batch_rows: int = 64) -> Tensor:
     """Cross-entropy of the generated tokens under the unsteered model, a mean over them, [n, contexts]; perplexity is exp of it."""
     rows = as_tokens(lm, generated).flatten(0, 1)
     keep = ("unembed.hook_in", lambda h, hook: h[:, n_prompt - 1 :])
