@@ -318,8 +318,18 @@ def section(rows) -> str:
     return (
         f"## Claims\n\nOf {len(rows)} claims of the papers, at this scale: {counts}. A verdict is that of the 95% interval of the "
         "mean over seeds; [claims.json](outputs/reference/claims.json) has the values of each seed, the controls and the runs.\n\n"
-        f"{table(rows)}\n"
+        f"{table(rows)}\n{pictures()}"
     )
+
+
+def pictures() -> str:
+    """The figures of `FIGURES` that were collected, two side by side, as HTML: one per paper, of the first seed."""
+    shown = [
+        f'<img src="outputs/reference/figures/{name}/{figure}.png" width="49%" alt="{name}: {figure}">'
+        for name, figure in FIGURES.items()
+        if (runs.REFERENCE.parent / "figures" / name / f"{figure}.png").exists()
+    ]
+    return "\n" + "\n".join(shown) + "\n" if shown else ""
 
 
 def made(found) -> str:
