@@ -234,7 +234,7 @@ def power_law(sizes, scores: list[Scores]) -> Tensor:
     return log_size @ log_left / log_size.square().sum()
 
 
-def verdict(value: list[float], within: tuple[float, float], control: float) -> dict:
+def verdict(value: list[float], within: tuple[float, float], control: float, name: str = "") -> dict:
     """Whether a claim is true here: its value's interval [value, low, high] lies in a range, or outside, or reaches over an end of it.
 
     If a control, which knows nothing of what the claim is about, is in the range as well, the claim holds and is no evidence.
@@ -246,7 +246,8 @@ def verdict(value: list[float], within: tuple[float, float], control: float) -> 
         says = "undecided"
     else:
         says = f"holds, and {'in' if at_least <= control <= at_most else 'not in'} the control"
-    return {"here": v, "low": low, "high": high, "range": list(within), "control": control, "verdict": says}
+    numbers = {"here": v, "low": low, "high": high, "range": list(within), "control": control}
+    return numbers | {"control is": name, "verdict": says}
 
 
 class Contexts:
@@ -700,6 +701,13 @@ def attribution_error(account: dict[str, dict[str, float]]) -> float:
     The paper reads NonlinearError as what the SAE introduced and LinearError as all else.
     """
     return sum(abs(part["linear" if name == "introduced" else "nonlinear"]) for name, part in account.items())
+
+
+def norm_r2(x: Tensor, part: Tensor) -> float:
+    """R² of ‖part‖² from x, both [n, d_in]; fitted and scored on halves."""
+    half, stream = len(x) // 2, [{"x": x, "part": part, "row": torch.arange(len(x))}]
+    fit, test = ([{k: v[at] for k, v in stream[0].items()}] for at in (slice(half), slice(half, None)))
+    return map_from(lambda b: b["x"], lambda b: b["part"].square().sum(1, keepdim=True), fit, test).r2()
 
 
 def noise_grid(levels, n_known=(256, 192, 128), n: int = 8000, seed: int = 0) -> dict[str, Tensor]:

@@ -117,7 +117,8 @@ def test_probes_along_latents():
     ],
 )
 def test_verdicts(value, control, says):
-    assert dm.verdict(value, (0.4, 0.6), control)["verdict"] == says
+    found = dm.verdict(value, (0.4, 0.6), control, "x")
+    assert found["verdict"] == says and found["control is"] == "x"
 
 
 class Half:
@@ -225,6 +226,13 @@ def test_parts_of_the_error_are_accounted_for():
     assert dm.attribution_error(by_hand) == pytest.approx(0.15)
     with pytest.raises(ValueError, match="introduced_kind='pink'"):
         dm.World(introduced_kind="pink").draw(10)
+
+
+def test_the_norm_of_a_part_from_x():
+    """‖part‖² = x₀ + 5 is linear in x; that of independent noise is not."""
+    x = normal(20_000, 3).clamp(-3, 3)
+    assert dm.norm_r2(x, (x[:, :1] + 5).sqrt()) == pytest.approx(1, abs=1e-6)
+    assert abs(dm.norm_r2(x, normal(20_000, 3, seed=1))) < 0.01
 
 
 def test_the_noise_grid_orders_what_was_introduced():
