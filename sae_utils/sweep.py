@@ -345,6 +345,19 @@ def print_table(rows) -> None:
         print("  ".join(str(item).ljust(width) for item, width in zip(row, widths)).rstrip())
 
 
+def print_estimates(plan, tflops: float, gbs: float) -> None:
+    """What the planned runs will take, as far as their models are known; ValueError for a parameter out of range."""
+    from . import estimate
+
+    for name, params in plan:
+        estimate.check(name, params)
+    rows, basis = estimate.table(plan, tflops, gbs)
+    if rows:
+        print()
+        print_table([("run", "hours", "memory GiB", "for", "GPU alone GiB", "disk GiB"), *rows])
+        print(basis)
+
+
 def shard(text: str) -> tuple[int, int]:
     """`"i/n"`, 1 ≤ i ≤ n."""
     i, _, n = text.partition("/")
@@ -375,7 +388,11 @@ def main(argv=None) -> int:
     many.add_argument("--engine", choices=["local", "ray"], default="local")
     many.add_argument("--gpus", type=float, default=1.0, help="share of a GPU for each run (engine ray)")
     many.add_argument("--list", action="store_true", help="show the planned runs and their state")
-    many.add_argument("--dry-run", action="store_true", help="check all parameters and show what would be executed")
+    many.add_argument(
+        "--dry-run", action="store_true", help="check all parameters; show what would be executed and what it takes"
+    )
+    many.add_argument("--tflops", type=float, default=0, help="for --dry-run: float32 products of the machine in mind")
+    many.add_argument("--gbs", type=float, default=0, help="for --dry-run: its memory bandwidth, GB/s")
     many.add_argument(
         "--shard", type=shard, default=(1, 1), metavar="i/n", help="only every n-th planned run, from the i-th"
     )
@@ -391,12 +408,16 @@ def main(argv=None) -> int:
             print_table([(label(name, done.parameters), key_metrics(done), done.dir)])
             return 0
         i, n = args.shard
+        if args.dry_run:  # asks no hub, so that one forbidden or not reached is no mistake
+            os.environ.pop("HF_HUB_OFFLINE", None)
         plan = planned(args.sweep)[i - 1 :: n]
         states = [state(name, params) for name, params in plan]  # reads all inputs, so that mistakes show at once
         if args.list or args.dry_run:
             ready = ["finished"] + [s for s in states if args.keep_stale and s.startswith("stale")]
-            shown = [(s, label(*planned_run)) for s, planned_run in zip(states, plan) if args.list or s not in ready]
-            print_table(shown or [("nothing to do",)])
+            shown = [(s, run) for s, run in zip(states, plan) if args.list or s not in ready]
+            print_table([(s, label(*run)) for s, run in shown] or [("nothing to do",)])
+            if args.dry_run:
+                print_estimates([run for _, run in shown], args.tflops, args.gbs)
             return 0
         os.environ[TIER] = str(Path(args.sweep).resolve())
         return 1 if sweep(plan, args.keep_stale, args.engine, args.gpus) else 0
