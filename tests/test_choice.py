@@ -160,6 +160,12 @@ def test_the_running_threshold_is_the_mean_of_the_smallest_latents_chosen():
         sae(torch.tensor(x)[:, None])
     assert sae.threshold.item() == 2.0 and sae.density.item() == 1.0
     assert sae.eval()(torch.tensor([[2.0], [2.5]])).latents.flatten().tolist() == [0.0, 2.5]
+    sae.train()
+    sae.tokens_since_fired[0], sae.tokens_seen = 0, torch.tensor(10**6)
+    sae(torch.tensor([[12.0], [13.0]]))
+    assert sae.threshold.item() == pytest.approx(0.99 * 2 + 0.01 * 12), (
+        "late in training a batch counts for a hundredth"
+    )
 
 
 @pytest.mark.parametrize("cls", BOTH)
