@@ -4,7 +4,7 @@
     python -m sae_utils.claims collect [SWEEP.toml]    copy them to outputs/reference/, write claims.json, claims.md, the README
 
 Every claim reads one number per seed from the `metrics.json` of a notebook's runs, compares its mean over seeds with a bound fixed
-here, before the runs, and is judged by the 95% t-interval of that mean. A seed on which something was tuned is left out.
+here, before the runs, and is judged by the 95% t-interval of that mean. The seed that was tuned on is left out.
 Imports no torch.
 """
 
@@ -26,11 +26,7 @@ README = ROOT / "README.md"
 MARKED = re.compile(r"(<!-- claims: written by `make reference` -->\n)(.*?)(<!-- end of claims -->)", re.DOTALL)
 ENOUGH = 3  # seeds; with fewer there is no verdict
 KEYS = "paper claim metric values mean sd n comparison interval controls verdict run_ids".split()
-TUNED_ON = {
-    "02_train_gated": 0,
-    "03_train_e2e": 0,
-    "04_train_gsae": 0,
-}  # notebook: the seed on which lr, λ or β were chosen
+TUNED_ON = 0  # the seed on whose validation files learning rates, λ and β were chosen: it is not judged
 FIGURES = {  # those that the README shows, of seed 0
     "02_train_gated": "pareto",
     "03_train_e2e": "pareto",
@@ -218,8 +214,7 @@ def verdict(interval, expected) -> str:
 
 def judge(claim: Claim, of_seed: dict[int, runs.Run]) -> dict:
     """The row of claims.json for one claim, from the runs of its notebook by seed."""
-    left_out = TUNED_ON.get(claim.notebook)
-    judged = [of_seed[seed] for seed in sorted(of_seed) if seed != left_out]
+    judged = [of_seed[seed] for seed in sorted(of_seed) if seed != TUNED_ON]
 
     def over_seeds(value):
         return [read(run.metrics, value) for run in judged]
@@ -228,23 +223,17 @@ def judge(claim: Claim, of_seed: dict[int, runs.Run]) -> dict:
     found = summary(values)
     enough = found["n"] >= ENOUGH and None not in values
     relation, bound, *margin = claim.expected
-    kind = (
-        "difference within each seed"
-        if " - " in claim.value
-        else "ratio within each seed"
-        if " over " in claim.value
-        else "value of each seed"
-    )
-    said = f"{kind}; 95% t-interval of the mean over seeds, expected {relation} {bound:g}"
-    said += "".join(f" ± {m:g}" for m in margin) + (
-        f"; without seed {left_out}, tuned on" if left_out in of_seed else ""
+    kinds = {" - ": "difference within each seed", " over ": "ratio within each seed"}
+    said = next((kind for word, kind in kinds.items() if word in claim.value), "value of each seed")
+    said += f"; 95% t-interval of the mean over seeds, expected {relation} {bound:g}" + "".join(
+        f" ± {m:g}" for m in margin
     )
     row = found | {
         "paper": claim.paper,
         "claim": claim.claim,
         "metric": f"{claim.notebook}: {claim.value}",
         "values": values,
-        "comparison": said,
+        "comparison": f"{said}; seed {TUNED_ON} was tuned on and is left out",
         "controls": {name: summary(over_seeds(value)) | {"metric": value} for name, value in claim.controls.items()},
         "verdict": verdict(found["interval"], claim.expected) if enough else "undecided",
         "run_ids": [f"{run.name}/{run.id}" for run in judged],
