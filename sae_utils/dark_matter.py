@@ -394,24 +394,24 @@ def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
 
 
 @torch.no_grad()
-def norm_baselines(sae, fit, test) -> dict[str, float]:
-    """R² of ‖e‖² on the test stream from what is cheaper than x: its length (‖x‖, ‖x‖²), the token, the position (means of groups)."""
+def norm_baselines(sae, fit, test, power: int = 2) -> dict[str, float]:
+    """R² of ‖e‖^power on the test stream from what is cheaper than x: its length (‖x‖, ‖x‖²), the token, the position (means of groups)."""
 
-    def squared_error(batch):
-        return (batch["x"] - sae(batch["x"]).x_hat).square().sum(1, keepdim=True)
+    def target(batch):
+        return (batch["x"] - sae(batch["x"]).x_hat).norm(dim=1, keepdim=True) ** power
 
     def length(batch):
         norm = batch["x"].norm(dim=1, keepdim=True)
         return torch.cat([norm, norm.square()], 1)
 
-    values = {"‖x‖, ‖x‖²": map_from(length, squared_error, fit, test).r2()}
+    values = {"‖x‖, ‖x‖²": map_from(length, target, fit, test).r2()}
     gathered = [
-        {"error": torch.cat([squared_error(b)[:, 0].cpu() for b in part])}
+        {"target": torch.cat([target(b)[:, 0].cpu() for b in part])}
         | {key: torch.cat([b[key].cpu() for b in part]) for key in ("tokens", "position")}
         for part in (fit, test)
     ]
     for key in ("tokens", "position"):
-        values[key] = group_r2(*((part["error"], part[key]) for part in gathered))
+        values[key] = group_r2(*((part["target"], part[key]) for part in gathered))
     return values
 
 

@@ -94,6 +94,10 @@ def test_baselines_of_the_norm():
     values = dm.norm_baselines(lambda x: SimpleNamespace(x_hat=x / 2), stream, stream)
     assert values["‖x‖, ‖x‖²"] == pytest.approx(1, abs=1e-4) and values["tokens"] == pytest.approx(1, abs=1e-4)
     assert values["position"] == pytest.approx(0, abs=1e-3)
+    half = dm.norm_baselines(
+        lambda x: SimpleNamespace(x_hat=x / 2), [b | {"tokens": position} for b in stream], stream, 1
+    )
+    assert half["‖x‖, ‖x‖²"] == pytest.approx(1, abs=1e-4) and half["tokens"] < 0.1
 
 
 def test_probes_along_latents():
