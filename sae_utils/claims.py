@@ -27,7 +27,7 @@ MARKED = re.compile(r"(<!-- claims: written by `make reference` -->\n)(.*?)(<!--
 ENOUGH = 3  # seeds; with fewer there is no verdict
 KEYS = "paper claim metric values mean sd n comparison interval controls verdict run_ids".split()
 TUNED_ON = 0  # the seed on whose validation files learning rates, λ and β were chosen: it is not judged
-FIGURES = {  # those that the README shows, of seed 0
+FIGURES = {  # those that the README shows, of the first seed
     "02_train_gated": "pareto",
     "03_train_e2e": "pareto",
     "04_train_gsae": "beta",
