@@ -8,8 +8,9 @@ L layers of 12d² parameters:
                      l layers: S(l) = l (24 d² + 4nd), unembedding 2dV. End to end: the layers after the hook once for all
                      SAEs, and three times (forward, gradients of activations) for each.
     bytes a step     40 P of each SAE: gradient written, read, projected; Adam's two moments, the weights and their norms
-    memory           W = 4 bytes a parameter of the language model + 8 P of every SAE (weights, last gradient) + 8 P of those that train together
-                     (Adam) + the largest of what its phases hold besides (`Plan.phase`, each of them commented)
+    memory           4 bytes a parameter of the language model + 8 P of every SAE (weights, last gradient) + the largest of what
+                     the phases hold besides (`Plan.phase`): training Adam's 8 P of the SAEs that train together, evaluation the
+                     logits, a forward its attention patterns
     disk             2 bytes × d for each token and hook that is stored (and 2 for each token), once for all runs of the same text,
                      model and hook; checkpoints, 12 P of SAEs that train together; SAEs saved, 4 P
 
@@ -31,7 +32,7 @@ import numpy as np
 from .files import ASSETS, BUILTIN_MODEL
 
 GIB = 2**30
-PROCESS = 0.85 * GIB  # Python, torch, transformers and what else a notebook imports (measured)
+PROCESS = 0.65 * GIB  # Python, torch, transformers and what else a notebook imports (measured)
 AT_ONCE = 2**24  # entries that end-to-end losses and interventions hold at a time (end_to_end.py, steering.py)
 KL_COPIES = 7  # logits, clean and new; their log-softmax; and three factors of KL(orig ‖ new)
 
@@ -136,35 +137,41 @@ class Plan:
         found = re.match(r"blocks\.(\d+)\.(.*)", p["hook_name"])
         self.layer = int(found[1]) + (found[2] != "hook_resid_pre") if found else model.n_layers
         self.after = model.n_layers - self.layer
-        self.flop = self.bytes = self.disk = self.host = 0.0
+        self.flop = self.bytes = self.disk = self.checkpoints = 0.0
         self.weights = 4.0 * model.n_parameters
-        self.kept = self.adam = 0.0
+        self.kept = self.left = 0.0
         self.phases = {}
         self.stores = {}  # what other runs share: {key: bytes}
         self.phase("weights", 8 * self.d * model.d_vocab)  # the hash of the weights copies the largest of them twice
 
-    def phase(self, name: str, size: float) -> None:
-        """The memory that a phase holds besides what is kept."""
-        self.phases[name] = max(self.phases.get(name, 0), size)
+    def phase(self, name: str, size: float, host: float = 0.0) -> None:
+        """A phase that holds so many bytes besides what is kept by now, and so many more that are never on a GPU."""
+        before = self.phases.get(name, (0, 0))
+        self.phases[name] = max(before[0], self.kept + size), max(before[1], self.kept + size + host)
 
     @property
     def suffix(self) -> float:
         return self.m.layers(self.after) + self.m.unembedding
 
     def activations(self, n_rows: float, n_layers: int) -> float:
-        """Bytes that autograd keeps of frozen layers for n rows: about 26 d and 3 attention patterns a token and layer."""
-        return 4 * n_rows * self.n * n_layers * (26 * self.d + 3 * self.m.n_heads * self.n)
+        """Bytes that autograd keeps of frozen layers for n rows: about 20 d and 2.5 attention patterns a token and layer."""
+        return 4 * n_rows * self.n * n_layers * (20 * self.d + 2.5 * self.m.n_heads * self.n)
+
+    def patterns(self, n_rows: float, n_layers: float) -> float:
+        """Bytes of the attention patterns of n rows, of which the model keeps the last of every layer that it has run."""
+        return 4 * n_rows * n_layers * self.m.n_heads * self.n**2
 
     def harvest(self, n_tokens: int, hooks: int = 1, gradients: bool = False, what: str = "train") -> None:
-        """Activations of n tokens to disk, 32 rows at a time; attention holds its pattern [rows, heads, n, n] three times."""
+        """Activations of n tokens to disk, 32 rows at a time."""
         self.flop += n_tokens * self.m.layers(self.layer)
         n_rows = min(32, max(1, n_tokens // self.n))
-        self.phase("harvest", 12 * n_rows * self.m.n_heads * self.n**2 + 4 * n_rows * self.n * 12 * self.d)
+        self.phase("harvest", self.patterns(n_rows, self.layer + 3.4))  # 3.4: a layer at work
+        self.left = max(self.left, self.patterns(n_rows, self.layer))
         if gradients:
             self.flop += 2 * n_tokens * self.suffix
             n_rows = max(1, min(n_rows, 2**25 // (self.n * self.m.d_vocab)))
             logits = 4 * n_rows * self.n * self.m.d_vocab
-            self.phase("gradients", 5 * logits + self.activations(n_rows, self.after))
+            self.phase("gradients", 4 * logits + self.activations(n_rows, self.after))
         for i in range(hooks + gradients):
             about = [self.p.get(key) for key in ("model", "dataset", "hook_name")]
             key = json.dumps([*about, what, n_tokens, i if i < hooks else "gradient"])
@@ -177,12 +184,13 @@ class Plan:
         self.flop += n * sum(2 * products * self.d * F + 12 * self.d * self.k for F in widths)
         self.bytes += n / self.B * 40 * sum(P)
         self.kept += 8 * sum(P)
-        self.adam = max(self.adam, 8 * sum(P))
-        self.disk = max(self.disk, 12 * sum(P))
+        self.checkpoints = max(self.checkpoints, 12 * sum(P))
+        adam = 8 * sum(P)
         F, entries = max(widths), self.B * self.k
         dense = {"TopK": min(self.B * F, 2**25), "dense": 5 * self.B * F, "Choice": 4 * self.B * F}[kind]
         # the encoder lies transposed: a checkpoint copies it; x, x̂ and their gradients; entries with int64 indices
-        self.phase("train", max(4 * self.d * sum(widths), 4 * dense + 32 * self.B * self.d + 64 * entries))
+        step = 4 * dense + 32 * self.B * self.d + 64 * entries
+        self.phase("train", adam + self.left + max(4 * self.d * sum(widths), step))
 
     def end_to_end(self, n_saes: int, share: float) -> None:
         """SAEs of width d_sae on whole rows through the layers after the hook."""
@@ -192,8 +200,15 @@ class Plan:
         tokens = n_rows * self.n
         logits = 4 * tokens * self.m.d_vocab
         kept = logits if tokens * self.m.d_vocab <= 2**26 else 0
-        chunk = 6 * 4 * min(AT_ONCE, tokens * self.m.d_vocab)
-        self.phase("end to end", kept + chunk + self.activations(n_rows, self.after))
+        chunk = 4 * 4 * min(AT_ONCE, tokens * self.m.d_vocab)
+        self.phase(
+            "end to end",
+            8 * n_saes * sae_parameters(self.d, self.F)
+            + self.left
+            + kept
+            + chunk
+            + self.activations(n_rows, self.after),
+        )
 
     def evaluate(self, widths, n_tokens: int = 0, batch_rows: int = 16) -> None:
         """SAEs spliced into the model: two clean runs, two ablations, one run an SAE; KL holds the logits seven times."""
@@ -201,7 +216,8 @@ class Plan:
         self.flop += n * (self.m.layers(self.layer) + (3 + len(widths)) * self.suffix)
         self.flop += n * sum(2 * self.d * F for F in widths)
         rows = min(batch_rows, max(1, n // self.n))
-        self.phase("evaluate", 4 * rows * self.n * (KL_COPIES * self.m.d_vocab + max(widths)))
+        size = 4 * rows * self.n * (KL_COPIES * self.m.d_vocab + max(widths))
+        self.phase("evaluate", size + self.patterns(rows, self.m.n_layers))
 
     def encode(self, widths, n_tokens: int, times: int = 1, at_once: int = 8192) -> None:
         """Dense latents of n tokens, `at_once` of them in memory with their product and a mask."""
@@ -218,11 +234,13 @@ class Plan:
 
     def memory(self, device: bool = False) -> float:
         """Bytes at the peak: of one process on a CPU, or of the GPU alone."""
-        peak = self.weights + self.kept + self.adam + max(self.phases.values())
-        return peak if device else PROCESS + peak + self.host
+        if device:
+            return self.weights + max(size for size, _ in self.phases.values())
+        return PROCESS + self.weights + max(size for _, size in self.phases.values())
 
     def in_phase(self) -> str:
-        return max(self.phases, key=self.phases.get)
+        """The phase with the peak of one process on a CPU."""
+        return max(self.phases, key=lambda name: self.phases[name][1])
 
     def hours(self, tflops: float, gbs: float) -> float:
         return (self.flop / (tflops * 1e12) + self.bytes / (gbs * 1e9)) / 3600
@@ -271,8 +289,7 @@ def gated(run: Plan) -> None:
     run.train([wide, run.F] + [run.F] * (9 if run.p["full"] else 1), kind="dense")
     # the baseline rescaled: four matrices [F, F], and their 2F equations in float64, solved on the CPU
     run.flop += (n + 1) * (4 * 2 * min(50_000, run.n_tokens) * wide**2 + 2 / 3 * (2 * wide) ** 3)
-    run.phase("rescale", 2 * 16 * wide**2)
-    run.host = 4 * 8 * (2 * wide) ** 2
+    run.phase("rescale", 2 * 16 * wide**2, 4 * 8 * (2 * wide) ** 2)
     run.evaluate([wide] * 2 * (n + 1) + [run.F] * (n + 2))
     run.train([run.F], 2.0, kind="dense")  # an exercise, twice
     run.save(2)
@@ -282,6 +299,9 @@ def e2e(run: Plan) -> None:
     full, tune = run.p["full"], run.p["tune_share"]
     n_local = 6 if full else 3
     run.harvest(run.n_tokens)
+    # two rows through four losses with their graphs, two of them with all logits, to compare gradients
+    logits = 4 * 2 * run.n * run.m.d_vocab
+    run.phase("gradients compared", 4 * run.activations(2, run.after) + 2 * 4 * logits)
     run.train([run.F] * n_local)
     run.train([run.F], 0.8)
     run.end_to_end(2, 0.2)
@@ -330,7 +350,7 @@ def dark_matter(run: Plan) -> None:
     for part in ("train", "untrained"):
         run.harvest(run.n_tokens, what=part)
         run.harvest(2 * run.n_eval, what=f"{part}, held out")
-    run.weights *= 2  # the untrained model stays beside the trained one
+    run.kept += run.weights  # of the untrained model, which stays
     run.train(widths)
     run.train(some)
     run.train(some)
@@ -400,7 +420,7 @@ def table(plan, tflops: float = 0.0, gbs: float = 0.0) -> tuple[list[tuple], str
     """Rows (run, hours, memory in GiB, the phase that needs it, GiB of the GPU alone, disk in GiB) and what they rest on.
 
     plan: (notebook, parameters) of every run; a row names what tells it from its notebook's others. The total's disk counts
-    an activation store once; its memory is the largest.
+    an activation store once, and of checkpoints, which go when a run ends, the largest; so its memory.
     """
     plan = [run for run in plan if run[0] in PLANS]
     if not plan:
@@ -410,7 +430,7 @@ def table(plan, tflops: float = 0.0, gbs: float = 0.0) -> tuple[list[tuple], str
         here = measured()
         tflops, gbs = tflops or here[0], gbs or (here[1] * (tflops / here[0] if given else 1))
     width = max([p["d_sae"] for _, p in plan if "d_sae" in p], default=1024)
-    rows, stores, total = [], {}, {"hours": 0.0, "memory": 0.0, "device": 0.0, "disk": 0.0}
+    rows, stores, most, total = [], {}, 0.0, {"hours": 0.0, "memory": 0.0, "device": 0.0, "disk": 0.0}
     for name, p in plan:
         others = [q for other, q in plan if other == name]
         label = " ".join(
@@ -420,7 +440,7 @@ def table(plan, tflops: float = 0.0, gbs: float = 0.0) -> tuple[list[tuple], str
         if made is None:
             rows.append((label, *["unknown"] * 5))
             continue
-        hours, disk = made.hours(tflops, gbs), made.disk + sum(made.stores.values())
+        hours, disk = made.hours(tflops, gbs), made.disk + made.checkpoints + sum(made.stores.values())
         memory, device = made.memory(), made.memory(device=True)
         rows.append(
             (label, f"{hours:.2g}", f"{memory / GIB:.1f}", made.in_phase(), f"{device / GIB:.1f}", f"{disk / GIB:.3g}")
@@ -428,8 +448,9 @@ def table(plan, tflops: float = 0.0, gbs: float = 0.0) -> tuple[list[tuple], str
         stores |= made.stores
         total["hours"] += hours
         total["disk"] += made.disk
+        most = max(most, made.checkpoints)
         total["memory"], total["device"] = max(total["memory"], memory), max(total["device"], device)
-    disk = total["disk"] + sum(stores.values())
+    disk = total["disk"] + most + sum(stores.values())
     last = (
         f"{total['hours']:.3g}",
         f"{total['memory'] / GIB:.1f}",

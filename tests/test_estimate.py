@@ -59,9 +59,12 @@ def test_training_by_hand(plan):
     plan.train([5, 5])
     assert plan.flop == 2 * 8 * (2 * 2 * 5 + 12 * 2)
     assert plan.bytes == 2 * 2 * 40 * 32  # two steps of two SAEs
-    assert (plan.kept, plan.adam, plan.disk) == (2 * 8 * 32, 2 * 8 * 32, 2 * 12 * 32)
-    plan.train([5])  # its Adam state is smaller, and comes after the other is gone
-    assert (plan.kept, plan.adam) == (3 * 8 * 32, 2 * 8 * 32)
+    assert (plan.kept, plan.checkpoints) == (2 * 8 * 32, 2 * 12 * 32)
+    # weights and gradients, Adam's two moments, 20 pre-activations, x and what is like it, 4 entries
+    assert plan.phases["train"][0] == 2 * 16 * 32 + 4 * 20 + 32 * 4 * 2 + 64 * 4
+    plan.train([5])  # its Adam state comes after the others' is gone
+    assert plan.kept == 3 * 8 * 32
+    assert plan.phases["train"][0] == 3 * 8 * 32 + 8 * 32 + 4 * 20 + 32 * 4 * 2 + 64 * 4
     assert plan.hours(1e-12, 1e-9) == pytest.approx((plan.flop + plan.bytes) / 3600)
 
 
@@ -73,8 +76,13 @@ def test_end_to_end_by_hand(plan):
 def test_evaluation_by_hand(plan):
     plan.evaluate([5])
     assert plan.flop == 8 * (128 + 4 * 140) + 8 * 20
-    assert plan.phases["evaluate"] == 4 * 2 * 4 * (7 * 3 + 5)  # two rows of four tokens
-    assert plan.memory(device=True) == 4 * 166 + max(plan.phases.values())
+    # two rows of four tokens: seven times the logits, the latents, the attention patterns of two layers
+    assert plan.phases["evaluate"][0] == 4 * 2 * 4 * (7 * 3 + 5) + 4 * 2 * 2 * 1 * 4**2
+    assert plan.memory(device=True) == 4 * 166 + 832 + 256
+    plan.kept = 1000
+    plan.phase("solve", 2000, host=5000)
+    assert plan.memory(device=True) == 4 * 166 + 3000 and plan.memory() == estimate.PROCESS + 4 * 166 + 8000
+    assert plan.in_phase() == "solve"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +131,9 @@ def test_the_total_counts_a_shared_store_once():
     (*rows, total), _ = estimate.table(runs, 1, 1)
     one = estimate.estimate(*runs[0])
     assert [row[0] for row in rows] == ["01_train_topk lr=0.1", "01_train_topk lr=0.2"]
-    assert float(total[-1]) == pytest.approx((2 * one.disk + sum(one.stores.values())) / 2**30, rel=0.01)
+    assert float(total[-1]) == pytest.approx(
+        (2 * one.disk + one.checkpoints + sum(one.stores.values())) / 2**30, rel=0.01
+    )
 
 
 def test_a_mistake_in_a_sweep_is_one_line(capsys, tmp_path):
