@@ -350,7 +350,7 @@ def dark_matter(run: Plan) -> None:
     for part in ("train", "untrained"):
         run.harvest(run.n_tokens, what=part)
         run.harvest(2 * run.n_eval, what=f"{part}, held out")
-    run.kept += run.weights  # of the untrained model, which stays
+        run.kept += (run.weights + run.left) / 2  # both models stay
     run.train(widths)
     run.train(some)
     run.train(some)
