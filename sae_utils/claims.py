@@ -175,7 +175,10 @@ def read(metrics: dict, value: str) -> float | None:
         names = range(len(found)) if isinstance(found, list) else found
         key = int(key) if isinstance(found, list) else key
         if key not in names:
-            raise KeyError(f"metrics have no {value!r}: at {key!r} there is {', '.join(map(str, names))}")
+            names = [str(name) for name in names]
+            raise KeyError(
+                f"metrics have no {value!r}{runs.near(str(key), names)}: at {key!r} there are {', '.join(names[:20])}"
+            )
         found = found[key]
     return found
 

@@ -36,8 +36,8 @@ def test_a_value_is_read_by_path_alone_or_combined():
 
 
 def test_a_name_that_is_not_there_is_said_with_those_that_are():
-    with pytest.raises(KeyError, match="'x/z'.*at 'z' there is y"):
-        read({"x": {"y": 1}}, "x/z")
+    with pytest.raises(KeyError, match="'x/yy' .did you mean 'y'.*at 'yy' there are y"):
+        read({"x": {"y": 1}}, "x/yy")
 
 
 def test_mean_sd_and_interval_by_hand():
