@@ -165,11 +165,12 @@ class Plan:
         """Activations of n tokens to disk, 32 rows at a time."""
         self.flop += n_tokens * self.m.layers(self.layer)
         n_rows = min(32, max(1, n_tokens // self.n))
-        self.phase("harvest", self.patterns(n_rows, self.layer + 3.4))  # 3.4: a layer at work
+        self.phase("harvest", self.patterns(n_rows, self.layer + 4.4))  # 4.4: a layer at work
         self.left = max(self.left, self.patterns(n_rows, self.layer))
         if gradients:
             self.flop += 2 * n_tokens * self.suffix
-            n_rows = max(1, min(n_rows, 2**25 // (self.n * self.m.d_vocab)))
+            most = 2**23 if self.p["device"] == "cpu" else 2**25  # logits at a time, as in ActivationStore.harvest
+            n_rows = max(1, min(n_rows, most // (self.n * self.m.d_vocab)))
             logits = 4 * n_rows * self.n * self.m.d_vocab
             self.phase("gradients", 4 * logits + self.activations(n_rows, self.after))
         for i in range(hooks + gradients):

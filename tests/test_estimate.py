@@ -18,6 +18,7 @@ PARAMETERS = {
     "hook_name": "blocks.0.hook_resid_post",
     "n_tokens": 9,
     "n_eval_tokens": 8,
+    "device": "cpu",
 }
 
 
