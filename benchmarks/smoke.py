@@ -65,8 +65,8 @@ widths = [768, 1536, 3072]
 n_eval_tokens = 40_960
 
 [07_steering]
-n_latents = 2
-n_contexts = 2
+n_latents = 8
+n_contexts = 4
 n_prompt = 16
 n_new = 2
 
@@ -134,6 +134,7 @@ def smoke(directory: Path, wanted: list[str]) -> int:
         make(directory)
     (directory / "smoke.toml").write_text(TOML.format(directory=directory.as_posix()))
     plan = [run for run in sweep.planned(directory / "smoke.toml") if not wanted or run[0] in wanted]
+    plan.sort(key=lambda run: wanted.index(run[0]) if wanted else 0)
     for name, params in plan:
         estimate.check(name, params)
     environment = os.environ | {

@@ -373,6 +373,7 @@ def steering(run: Plan) -> None:
     if p["full"]:
         n_latents, n_contexts, n_strengths = max(n_latents, 200), max(n_contexts, 64), 9
     run.kept += 7 * 4 * sae_parameters(run.d, run.F)
+    run.phase("harvest", run.patterns(16, run.layer + 4.4))
     run.encode([run.F] * 7, 16_384 * (4 if p["full"] else 1), 2, at_once=10**9)
     run.steer(n_latents * 20 * n_strengths, n_contexts, 2 * p["n_prompt"] + 2 * p["n_new"])
 
