@@ -51,8 +51,8 @@ ks = [16, 64]
 d_wide = 6144
 
 [02_train_gated]  # the penalty has to tell within a few steps
-lr = 0.03
-coefficients = [0.3, 1.0, 3.0]
+lr = 0.012
+coefficients = [0.1, 0.3, 1.0]
 
 [03_train_e2e]
 [04_train_gsae]
