@@ -65,8 +65,8 @@ widths = [768, 1536, 3072]
 n_eval_tokens = 40_960
 
 [07_steering]
-n_latents = 8
-n_contexts = 4
+n_latents = 6
+n_contexts = 3
 n_prompt = 16
 n_new = 2
 

@@ -14,7 +14,8 @@ L layers of 12d² parameters:
     disk             2 bytes × d for each token and hook that is stored (and 2 for each token), once for all runs of the same text,
                      model and hook; checkpoints, 12 P of SAEs that train together; SAEs saved, 4 P
 
-    hours = FLOP ÷ throughput + bytes ÷ bandwidth, both given or measured here by one product and one copy of NumPy.
+    hours = FLOP ÷ throughput + bytes ÷ bandwidth, both given or measured here by one product and one copy of NumPy: a lower
+    bound, as no run keeps a machine at its best.
 
 Not counted: downloads and tokenising, figures, statistics that no SAE or model takes part in. Sources: our code, and what it holds
 in memory, measured by benchmarks/smoke.py.
