@@ -120,7 +120,7 @@ CLAIMS = [
           {"Gaussian data of the same covariance": "claims/about half of e is linear in x/control"}),
     Claim("2410.14670", "The error's squared norm is more than 90% linearly predictable", "06_dark_matter",
           "claims/‖e‖² is more than 90% linear in x/here", (">", 0.9),
-          {"best of ‖x‖, token, position, Gaussian": "claims/‖e‖² is more than 90% linear in x/control"}),
+          {"best of ‖x‖, token and position": "claims/‖e‖² is more than 90% linear in x/control"}),
     Claim("2410.14670", "FVU_nonlinear is flat in width: 1 − the ratio of its exponent to FVU's is .75 to 1.25", "06_dark_matter",
           "claims/FVU_nonlinear is flat in width/here", ("=", 1, 0.25),
           {"Gaussian data of the same covariance": "claims/FVU_nonlinear is flat in width/control"}),
