@@ -14,6 +14,7 @@ COLOURS = {  # colour-blind safe, the same everywhere
     "ReLU": _PALETTE[7],
     "e2e": _PALETTE[2],
     "e2e+ds": _PALETTE[8],
+    "fine-tuned": _PALETTE[6],
     "g-SAE": _PALETTE[3],
     "Mutual Choice": _PALETTE[4],
     "Feature Choice": _PALETTE[5],
