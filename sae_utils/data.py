@@ -38,12 +38,14 @@ NOT_SOURCE = re.compile(
 GENERATED = re.compile(r"auto-?(matically )?-?generated|do not edit|generated (by|from|file)", re.IGNORECASE)
 
 
-def tokens(dataset, tokenizer, n_ctx, n_tokens=0, split="train", bos=False, text_field="text") -> np.memmap:
+def tokens(dataset, tokenizer, n_ctx, n_tokens=0, split="train", bos=False, text_field="text", spread=1) -> np.memmap:
     """Token rows of a data set, as a read-only memory map [rows, n_ctx] of uint16 (uint32 for a vocabulary over 65,536).
 
     dataset: `"python-source"`; a local .txt, .jsonl or .parquet file or a directory of them; otherwise a hub name, streamed.
     n_tokens: how many to take, 0 for all (a hub data set needs a number). Fewer are returned, with a warning, if there are fewer.
     split: "train", "validation" or "test". bos: start every row with the tokenizer's BOS token (not the default).
+    spread: take rows at equal steps from up to `spread` times as much text, so that they come from as many more documents; what
+    is streamed from a hub, whose documents are short and many, is taken as it comes.
 
     Documents are joined by the end-of-text token and cut into rows, which start anywhere; the last partial row is dropped.
     Raises ValueError for an unknown split, an empty data set or a bad file, FileNotFoundError for a local path that is not there.
@@ -62,15 +64,20 @@ def tokens(dataset, tokenizer, n_ctx, n_tokens=0, split="train", bos=False, text
     n_rows = n_tokens // n_ctx
     if n_tokens < 0 or n_tokens and not n_rows:
         raise ValueError(f"n_tokens={n_tokens} is less than one row of n_ctx={n_ctx}")
+    if spread < 1:
+        raise ValueError(f"spread={spread} is not at least 1, which takes the rows as they come")
     if not n_tokens and dataset != BUILTIN and local_path(dataset) is None:
         raise ValueError(f"n_tokens=0: dataset={dataset!r} is streamed from the hub, so say how many tokens to take")
+    spread = spread if n_tokens and (dataset == BUILTIN or local_path(dataset)) else 1
     dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
-    key = digest([corpus_hash(dataset), tokenizer_hash(tokenizer), n_ctx, n_tokens, split, bos, text_field])
+    key = digest([corpus_hash(dataset), tokenizer_hash(tokenizer), n_ctx, n_tokens, split, bos, text_field, spread])
 
     def build(path):
         stream = itertools.chain.from_iterable(token_stream(dataset, tokenizer, split, text_field))
-        flat = np.fromiter(itertools.islice(stream, n_rows * body or None), dtype)
+        flat = np.fromiter(itertools.islice(stream, spread * n_rows * body or None), dtype)
         rows = flat[: len(flat) // body * body].reshape(-1, body)
+        if n_rows:
+            rows = rows[:: max(1, len(rows) // n_rows)][:n_rows]
         if not len(rows):
             raise ValueError(f"dataset={dataset!r}, split={split!r} holds {len(flat)} tokens: not one row of {n_ctx}")
         if bos:
@@ -90,15 +97,10 @@ def tokens(dataset, tokenizer, n_ctx, n_tokens=0, split="train", bos=False, text
 
 
 def held_out(dataset, tokenizer, n_ctx: int, n_tokens: int, split: str = "test", spread: int = 16, **options):
-    """Rows for evaluation, about n_tokens: evenly spaced over `spread` times as much text, so that they come from many documents.
-
-    Everything else as in `tokens`; where the split is smaller than that, the rows are spread over all of it.
-    """
+    """Rows for evaluation, about n_tokens, spread over many documents: `tokens` of another split, without a warning if it is small."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fewer than n_tokens")
-        rows = tokens(dataset, tokenizer, n_ctx, spread * n_tokens, split, **options)
-    n_rows = max(1, n_tokens // n_ctx)
-    return rows[:: max(1, len(rows) // n_rows)][:n_rows]
+        return tokens(dataset, tokenizer, n_ctx, max(n_tokens, n_ctx), split, spread=spread, **options)
 
 
 def open_array(path, mode="r") -> np.memmap:

@@ -76,7 +76,18 @@ def test_bos_starts_every_row_and_takes_a_place(tmp_path):
     assert tokens(str(path), tokenizer, 4).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]  # not the same cache
 
 
-def test_held_out_rows_are_spread_over_more_text(words, tmp_path):
+def test_rows_are_spread_over_more_text(words, tmp_path):
+    (tmp_path / "a.txt").write_text(" ".join(LETTERS))  # six rows and a half
+    letters = [[4 * i + j for j in range(1, 5)] for i in range(6)]
+    assert tokens(str(tmp_path / "a.txt"), words, 4, 8).tolist() == letters[:2]
+    assert tokens(str(tmp_path / "a.txt"), words, 4, 8, spread=2).tolist() == letters[:4:2]
+    assert tokens(str(tmp_path / "a.txt"), words, 4, 8, spread=16).tolist() == letters[::3]  # there is no more
+    assert tokens(str(tmp_path / "a.txt"), words, 4, 20, spread=16).tolist() == letters[:5]
+    with pytest.raises(ValueError, match="spread=0"):
+        tokens(str(tmp_path / "a.txt"), words, 4, 8, spread=0)
+
+
+def test_held_out_rows_are_spread(words, tmp_path):
     (tmp_path / "a.txt").write_text("a b c d " * 100)
     everything = tokens(str(tmp_path), words, 4, split="test")
     rows = held_out(str(tmp_path), words, 4, 8, spread=3)
