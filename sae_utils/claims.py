@@ -107,6 +107,8 @@ CLAIMS = [
           "kl_gsae - kl_topk", ("<", 0), {"shuffled gradients − TopK": "kl_shuffled - kl_topk", "FVU": "fvu_gsae - fvu_topk"}),
     Claim("2411.10397", "g-SAE has fewer dead latents than TopK", "04_train_gsae",
           "dead_gsae - dead_topk", ("<", 0), {"on the test rows alone": "dead_fraction_gsae - dead_fraction_topk"}),
+    Claim("2411.10397", "A push along latents of g-SAE changes predictions more (KL) than one of equal norm along TopK's", "04_train_gsae",
+          "effect_kl_gsae - effect_kl_topk", (">", 0), {"random directions − TopK": "effect_kl_random - effect_kl_topk"}),
     Claim("2411.10397", "Latents of g-SAE steer better than TopK's in arbitrary contexts, at matched fluency", "07_steering",
           "useful_arbitrary/g-SAE - useful_arbitrary/TopK", (">", 0),
           {"random directions − TopK": "useful_arbitrary/random - useful_arbitrary/TopK",
