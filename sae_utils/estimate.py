@@ -300,21 +300,21 @@ def gated(run: Plan) -> None:
 
 def e2e(run: Plan) -> None:
     full, tune = run.p["full"], run.p["tune_share"]
-    n_local = 6 if full else 3
+    n_local, n_starts = (6, 3) if full else (3, 1)
     run.harvest(run.n_tokens)
     # two rows through four losses with their graphs, two of them with all logits, to compare gradients
     logits = 4 * 2 * run.n * run.m.d_vocab
     run.phase("gradients compared", 4 * run.activations(2, run.after) + 2 * 4 * logits)
     run.train([run.F] * n_local)
-    run.train([run.F], 0.8)
-    run.end_to_end(2, 0.2)
+    run.train([run.F] * n_starts, 0.8)
+    run.end_to_end(2 * n_starts, 0.2)
     run.train([run.F], 1 - tune)
     run.end_to_end(1, tune)
     if full:
         for _ in range(2):
             run.end_to_end(2, 1.0)
         run.train([run.F])
-    run.evaluate([run.F] * (n_local + (6 if full else 4)), batch_rows=4)
+    run.evaluate([run.F] * (n_local + 3 * n_starts + (3 if full else 1)), batch_rows=4)
     run.encode([run.F] * 4, min(200_000, run.n_tokens), at_once=1024)
     run.save(4)
 
