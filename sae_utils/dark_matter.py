@@ -40,25 +40,25 @@ class Linear:
 class Moments:
     """Sums in fp64 over tokens of (u, v), from which v is regressed on u; memory does not grow with tokens.
 
-    joint: keep Σ vᵀv as well, which `identity` reads.
+    joint: keep Σ vᵀv as well, which `identity` reads. of: Moments of the same u with another v, for Σ uᵀu, which is most of the work.
     """
 
-    def __init__(self, joint: bool = False):
-        self.n, self.joint, self.sums = 0, joint, None
+    def __init__(self, joint: bool = False, of: "Moments | None" = None):
+        self.n, self.joint, self.of, self.sums = 0, joint, of, None
 
     def add(self, u: Tensor, v: Tensor) -> None:
         """u [n, d_u], v [n, d_v]."""
         for part_u, part_v in zip(u.split(2048), v.split(2048)):
             both = torch.cat([part_u.double(), part_v.double()], 1)
             left = both if self.joint else both[:, : u.shape[1]]
-            now = [both.sum(0), left.T @ both]
+            now = [both.sum(0), left.T @ (both[:, u.shape[1] :] if self.of else both)]
             self.sums = now if self.sums is None else [a.add_(b) for a, b in zip(self.sums, now)]
         self.n, self.d_u = self.n + len(u), u.shape[1]
 
     def covariance(self) -> tuple[Tensor, Tensor]:
         """Mean [d_u + d_v] and covariance over n of (u, v): its rows of u alone, or all if joint."""
         mean = self.sums[0] / self.n
-        gram = self.sums[1] / self.n
+        gram = (torch.cat([self.of.sums[1][:, : self.d_u], self.sums[1]], 1) if self.of else self.sums[1]) / self.n
         return mean, gram - mean[: len(gram), None] * mean
 
     def fit(self, rows_per_input: int = ROWS_PER_INPUT) -> Linear:
@@ -239,7 +239,7 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     `sae`: any callable x → object with x_hat. Raises ValueError for fewer than 40 · d_in fitting tokens, and where a context is
     in both streams.
     """
-    moments, norm_moments, seen = Moments(), Moments(), set()
+    moments, seen = Moments(), set()
     for batch in slices(fit):
         moments.add(batch["x"], batch["x"] - sae(batch["x"]).x_hat)
         seen |= set(batch["row"].unique().tolist())
@@ -253,6 +253,7 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     def squares(parts):
         return torch.stack([part.double().square().sum(1) for part in parts.values()], 1)
 
+    norm_moments = Moments(of=moments)
     for batch in slices(fit):
         norm_moments.add(batch["x"], squares(five(batch["x"])))
     norm = norm_moments.fit(rows_per_input)

@@ -43,6 +43,16 @@ def test_probe_equals_lstsq_however_the_stream_is_cut():
     torch.testing.assert_close(torch.cat([linear.W, linear.c[None]]), expected, atol=1e-9, rtol=1e-7)
 
 
+def test_moments_of_the_same_inputs_share_their_sums():
+    u, v, w = normal(500, 6), normal(500, 4, seed=1), normal(500, 2, seed=2)
+    first, alone = dm.Moments(), dm.Moments()
+    first.add(u, v)
+    shared = dm.Moments(of=first)
+    for moments in (shared, alone):
+        moments.add(u, w)
+    assert torch.equal(shared.fit().W, alone.fit().W) and torch.equal(shared.fit().c, alone.fit().c)
+
+
 def test_an_input_without_variance_takes_no_part():
     u = torch.cat([normal(500, 2), torch.full((500, 1), 7.0)], 1)
     moments = dm.Moments()
