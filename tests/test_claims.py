@@ -1,12 +1,17 @@
 """Claims judged over seeds: values by hand, versions kept apart, collecting, and that README, claims.json and manifests agree."""
 
+import base64
+import io
 import json
 import math
 import re
 import shutil
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from sae_utils import claims, runs, sweep
 from sae_utils.claims import CLAIMS, KEYS, Claim, judge, read, summary, t_quantile, verdict
@@ -210,6 +215,17 @@ def test_collected_runs_count_as_finished_and_make_the_table(reference, tmp_path
     (again,) = sweep_all(4)  # nothing but what is committed
     assert again == row and log.read_text().split() == ["0", "1", "2", "3"]
     assert len(list(reference.glob("*/*/manifest.json"))) == 4
+
+
+def test_figures_get_smaller_and_look_the_same():
+    figure, ax = plt.subplots()
+    ax.imshow(np.arange(900.0).reshape(30, 30))
+    ax.plot([0, 29], [29, 0], "w")
+    figure.savefig(png := io.BytesIO())
+    small = base64.b64decode(claims.with_palette(base64.b64encode(png.getvalue()).decode()))
+    before, after = (np.asarray(Image.open(io.BytesIO(b)).convert("RGB"), int) for b in (png.getvalue(), small))
+    assert len(small) < 0.6 * len(png.getvalue()) and before.shape == after.shape
+    assert abs(before - after).mean() < 1 and np.quantile(abs(before - after), 0.999) < 32
 
 
 def test_the_command_line_says_what_it_takes(capsys):
