@@ -15,6 +15,7 @@ import math
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ MARKED = re.compile(r"(<!-- claims: written by `make reference` -->\n)(.*?)(<!--
 ENOUGH = 3  # seeds; with fewer there is no verdict
 KEYS = "paper claim metric values mean sd n comparison interval controls verdict run_ids".split()
 TUNED_ON = 0  # the seed on whose validation files learning rates, λ and β were chosen: it is not judged
+SAID = {"holds": "hold", "fails": "fail", "undecided": "are undecided"}
 FIGURES = {  # those that the README shows, of the first seed
     "02_train_gated": "pareto",
     "03_train_e2e": "pareto",
@@ -310,11 +312,10 @@ def section(rows) -> str:
     """What the README says between the marks: nothing without rows."""
     if not rows:
         return ""
-    counts = ", ".join(
-        f"{sum(row['verdict'] == word for row in rows)} {word}" for word in ("holds", "fails", "undecided")
-    )
+    of_verdict = Counter(row["verdict"] for row in rows)
+    counts = ", ".join(f"{of_verdict[word]} {said}" for word, said in SAID.items())
     return (
-        f"## Claims\n\nOf {len(rows)} claims of the papers, at this scale: {counts}. A verdict is that of the 95% interval of the "
+        f"## Claims\n\nOf {len(rows)} claims of the papers, at this scale {counts}. A verdict is that of the 95% interval of the "
         "mean over seeds; [claims.json](outputs/reference/claims.json) has the values of each seed, the controls and the runs.\n\n"
         f"{table(rows)}\n{pictures()}"
     )
