@@ -402,7 +402,7 @@ def collect(path=SWEEP, readme=README) -> list[dict]:
     rows = evaluate(found)
     if rows:
         write_json(home / "claims.json", rows)
-        write_text(home / "claims.md", details(rows, found))
+        write_text(home / "claims.md", details(read_json(home / "claims.json"), found))  # in its order
         write_text(readme, MARKED.sub(lambda m: m[1] + section(rows) + m[3], Path(readme).read_text()))
     return rows
 
