@@ -424,7 +424,8 @@ def write_notebook(source: Path, target: Path) -> None:
     notebook = read_json(source)
     for cell in notebook["cells"]:
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
-            data |= {key: with_palette(data[key]) for key in data.keys() & {"image/png"}}
+            if "image/png" in data:
+                data["image/png"] = with_palette(data["image/png"])
     for part in (notebook, *notebook["cells"]):
         for key in ("papermill", "execution"):
             part["metadata"].pop(key, None)
