@@ -226,9 +226,9 @@ class Plan:
         self.flop += times * n_tokens * sum(2 * self.d * F for F in widths)
         self.phase("encode", 9 * min(n_tokens, at_once) * max(widths))
 
-    def steer(self, n_directions: int, n_contexts: int, n_tokens: int) -> None:
-        """Interventions on contexts of n tokens through the whole model, in chunks."""
-        self.flop += n_directions * n_contexts * n_tokens * (self.m.layers(self.m.n_layers) + self.m.unembedding)
+    def steer(self, n_tokens: int, n_contexts: int) -> None:
+        """Interventions on n tokens in all through the whole model, in chunks of contexts."""
+        self.flop += n_tokens * (self.m.layers(self.m.n_layers) + self.m.unembedding)
         self.phase("steer", 4 * KL_COPIES * max(AT_ONCE, n_contexts * self.m.d_vocab))
 
     def save(self, n: int) -> None:
@@ -371,13 +371,16 @@ def dark_matter(run: Plan) -> None:
 
 def steering(run: Plan) -> None:
     p = run.p
-    n_latents, n_contexts, n_strengths = p["n_latents"], p["n_contexts"], 6
+    n_latents, n_contexts, n_texts = p["n_latents"], p["n_contexts"], 8
     if p["full"]:
-        n_latents, n_contexts, n_strengths = max(n_latents, 200), max(n_contexts, 64), 9
+        n_latents, n_contexts, n_texts = max(n_latents, 200), max(n_contexts, 64), 4
+    n_own, n_texts = min(n_contexts, 12), min(n_contexts, n_texts)
     run.kept += 7 * 4 * sae_parameters(run.d, run.F)
     run.phase("harvest", run.patterns(16, run.layer + 4.4))
     run.encode([run.F] * 7, 16_384 * (4 if p["full"] else 1), 2, at_once=10**9)
-    run.steer(n_latents * 20 * n_strengths, n_contexts, 2 * p["n_prompt"] + 2 * p["n_new"])
+    # 12 sets of directions in arbitrary contexts, 8 in their own, five strengths; what is generated is read once more
+    of_each = (12 * n_contexts + 8 * n_own) * p["n_prompt"] + 20 * n_texts * 2 * (p["n_prompt"] + p["n_new"])
+    run.steer(5 * n_latents * of_each, n_contexts)
 
 
 def compare(run: Plan) -> None:
@@ -387,7 +390,7 @@ def compare(run: Plan) -> None:
     run.kept += 8 * 4 * sae_parameters(run.d, run.F)
     run.evaluate([run.F] * 8, more * run.n_eval)
     run.encode([run.F] * 8, more * p["n_rule_tokens"] * 3 // 2, 5)
-    run.steer(8 * 32, p["n_contexts"], min(64, run.n))
+    run.steer(9 * 32 * (3 if p["full"] else 1) * p["n_contexts"] * min(64, run.n), p["n_contexts"])
     run.phase("rules", more * p["n_rule_tokens"] * 3 // 2 * (8 * run.d + 2 * 4 * p["n_latents"]))
 
 
