@@ -329,7 +329,7 @@ def gsae(run: Plan) -> None:
     run.evaluate([run.F] * (1 + n_betas), batch_rows=4)
     run.evaluate([run.F] * (4 + n_controls + 3), batch_rows=4)
     run.encode([run.F] * 3, min(200_000, run.n_tokens), at_once=1024)
-    run.steer(3 * (128 if run.p["full"] else 24), 2, run.n)
+    run.steer(3 * (128 if run.p["full"] else 24) * 2 * run.n, 2)
     run.save(1)
 
 

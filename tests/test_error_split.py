@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_utils import ActivationStore, TopKSAE
+from sae_utils import ActivationStore, TopKSAE, world
 from sae_utils import dark_matter as dm
 
 
@@ -230,35 +230,35 @@ def test_norm_scaling_by_hand_and_groups():
 
 def test_parts_of_the_error_are_accounted_for():
     for kind in ("white", "anisotropic", "grows"):
-        x, parts = dm.World(noise=0.1, shrink=0.9, introduced_kind=kind).draw(20_000)
-        account = dm.attribution(x, parts)
+        x, parts = world.World(noise=0.1, shrink=0.9, introduced_kind=kind).draw(20_000)
+        account = world.attribution(x, parts)
         assert sum(part["share"] for part in account.values()) == pytest.approx(1, abs=1e-6)
         for part in account.values():
             assert part["linear"] + part["nonlinear"] == pytest.approx(part["share"], abs=1e-6)
         assert abs(account["introduced"]["kept"]) < 0.1, "what is independent of x is no linear function of it"
     by_hand = {"dense": {"linear": 0.6, "nonlinear": 0.1}, "introduced": {"linear": -0.05, "nonlinear": 0.35}}
-    assert dm.attribution_error(by_hand) == pytest.approx(0.15)
+    assert world.attribution_error(by_hand) == pytest.approx(0.15)
     with pytest.raises(ValueError, match="introduced_kind='pink'"):
-        dm.World(introduced_kind="pink").draw(10)
+        world.World(introduced_kind="pink").draw(10)
 
 
 def test_the_norm_of_a_part_from_x():
     """‖part‖² = x₀ + 5 is linear in x; that of independent noise is not."""
     x = normal(20_000, 3).clamp(-3, 3)
-    assert dm.norm_r2(x, (x[:, :1] + 5).sqrt()) == pytest.approx(1, abs=1e-6)
-    assert abs(dm.norm_r2(x, normal(20_000, 3, seed=1))) < 0.01
+    assert world.norm_r2(x, (x[:, :1] + 5).sqrt()) == pytest.approx(1, abs=1e-6)
+    assert abs(world.norm_r2(x, normal(20_000, 3, seed=1))) < 0.01
 
 
 def test_the_noise_grid_orders_what_was_introduced():
-    grid = dm.noise_grid([0.0, 0.3], n_known=(128,), n=6000)
+    grid = world.noise_grid([0.0, 0.3], n_known=(128,), n=6000)
     assert grid["noise"].tolist() == pytest.approx([0, 0, 0.3, 0.3]) and grid["introduced"][[0, 2]].abs().max() < 1e-6
     assert grid["nonlinear"][1] > grid["nonlinear"][0] + 0.1 and grid["nonlinear"][3] > grid["nonlinear"][2] + 0.1
 
 
 def test_a_dense_error_is_all_linear():
     """Only white noise on x is left in the error beside nothing: e = noise, R² = σ²/(σ² + other) per direction, as Σ_e Σ_x⁻¹ says."""
-    x, parts = dm.World(introduced=0.0, dense=0.0, noise=0.5, n_features=64, n_known=64).draw(40_000)
-    account = dm.attribution(x, parts)
+    x, parts = world.World(introduced=0.0, dense=0.0, noise=0.5, n_features=64, n_known=64).draw(40_000)
+    account = world.attribution(x, parts)
     cov = torch.cov(x.T)
     assert account["noise"]["kept"] == pytest.approx(float(0.25 * torch.linalg.inv(cov).trace() / 64), abs=0.02)
 
