@@ -391,7 +391,10 @@ def compare(run: Plan) -> None:
     run.evaluate([run.F] * 8, more * run.n_eval)
     run.encode([run.F] * 8, more * p["n_rule_tokens"] * 3 // 2, 5)
     run.steer(9 * 32 * (3 if p["full"] else 1) * p["n_contexts"] * min(64, run.n), p["n_contexts"])
-    run.phase("rules", more * p["n_rule_tokens"] * 3 // 2 * (8 * run.d + 2 * 4 * p["n_latents"]))
+    values = (
+        4 * p["n_latents"] * (3 if p["full"] else 1)
+    )  # of a token: a method's latents, random directions, those cut
+    run.phase("rules", more * p["n_rule_tokens"] * 3 // 2 * (8 * run.d + 3 * values))
 
 
 PLANS = {

@@ -262,6 +262,8 @@ def test_readme_claims_and_manifests_agree():
         assert len({claims.version(run.manifest) for run in of_seed.values()}) == 1
         again = judge(of_text[row["paper"], row["claim"]], of_seed)
         assert json.loads(json.dumps(again)) == row, row["claim"]
+    again = claims.evaluate(claims.by_seed(claims.committed()))
+    assert json.loads(json.dumps(again)) == rows, "a claim or a seed of the committed runs is missing"
 
 
 def test_the_figures_that_the_readme_shows_are_there():
