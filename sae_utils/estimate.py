@@ -356,14 +356,14 @@ def dark_matter(run: Plan) -> None:
         run.kept += (run.weights + run.left) / 2  # both models stay
     run.train(widths)
     run.train(some)
-    run.train(some)
+    run.train(some[:: len(some) // 2] if full else [middle])
     # decoders refitted: normal equations in float64, and copies to scale and to factor them
     run.flop += sum(2 / 3 * F**3 + 2 * run.n_tokens * (run.d + run.k) * run.k for F in widths)
     run.phase("refit", 5 * 8 * max(widths) ** 2)
     run.encode([*widths, *widths, *some, *some], 4 * run.n_eval, at_once=4096)
     run.evaluate([middle] * 12, run.n_eval, batch_rows=4)
     if full:
-        for _ in range(3):
+        for _ in range(2):
             run.train(widths[::2])
         for _ in range(run.m.n_layers + 4 + 3):
             run.train([middle])

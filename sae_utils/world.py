@@ -8,6 +8,8 @@ from torch.nn.functional import normalize
 
 from .dark_matter import Moments, map_from
 
+KINDS = ("white", "anisotropic", "grows", "of x")  # of introduced error
+
 
 @dataclass
 class World:
@@ -25,7 +27,7 @@ class World:
     noise: float = 0.0
     introduced: float = 0.1
     shrink: float = 1.0
-    introduced_kind: str = "white"  # or "anisotropic", or "grows" (with the token's ‖x‖)
+    introduced_kind: str = "white"  # one of KINDS: "grows" with the token's ‖x‖, "of x" is a function of it
     seed: int = 0
 
     def draw(self, n: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -35,8 +37,8 @@ class World:
         def normal(*shape):
             return torch.randn(*shape, generator=generator)
 
-        if self.introduced_kind not in ("white", "anisotropic", "grows"):
-            raise ValueError(f"introduced_kind={self.introduced_kind!r}: white, anisotropic, grows are there")
+        if self.introduced_kind not in KINDS:
+            raise ValueError(f"introduced_kind={self.introduced_kind!r}: {', '.join(KINDS)} are there")
         directions = normalize(normal(self.n_features, self.d_in), dim=1)
         frequency = 1 / torch.arange(1, self.n_features + 1)
         frequency = (self.l0 * frequency / frequency.sum()).clamp_max(0.5)
@@ -57,6 +59,9 @@ class World:
         if self.introduced_kind == "grows":
             length = x.norm(dim=1, keepdim=True)
             own = own * length / length.square().mean().sqrt()
+        if self.introduced_kind == "of x":
+            own = ((x - x.mean(0)) @ normal(self.d_in, self.d_in)).relu()
+            own = self.introduced * (own - own.mean(0)) / own.std()
         return x, parts | {"introduced": own}
 
 
