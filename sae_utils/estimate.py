@@ -384,17 +384,16 @@ def steering(run: Plan) -> None:
 
 
 def compare(run: Plan) -> None:
-    p, more = run.p, 4 if run.p["full"] else 1
+    p = run.p
+    more, times = (4, 3) if p["full"] else (1, 1)  # as many tokens, and latents
     run.harvest(run.n_tokens)
     run.harvest(more * p["n_rule_tokens"] // 2, what="rules")
     run.kept += 8 * 4 * sae_parameters(run.d, run.F)
     run.evaluate([run.F] * 8, more * run.n_eval)
     run.encode([run.F] * 8, more * p["n_rule_tokens"] * 3 // 2, 5)
-    run.steer(9 * 32 * (3 if p["full"] else 1) * p["n_contexts"] * min(64, run.n), p["n_contexts"])
-    values = (
-        4 * p["n_latents"] * (3 if p["full"] else 1)
-    )  # of a token: a method's latents, random directions, those cut
-    run.phase("rules", more * p["n_rule_tokens"] * 3 // 2 * (8 * run.d + 3 * values))
+    run.steer(9 * 32 * times * p["n_contexts"] * min(64, run.n), p["n_contexts"])
+    # of each token: its activation; a method's latents, the random directions, and those cut to fire as often
+    run.phase("rules", more * p["n_rule_tokens"] * 3 // 2 * (8 * run.d + 3 * 4 * times * p["n_latents"]))
 
 
 PLANS = {
