@@ -10,7 +10,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: run test lab reference bench smoke lint interop
 
-run: $(VENV)/ready
+# Ray, where it is asked for, is one of the optional packages
+NEEDS := $(VENV)/$(if $(filter ray,$(ENGINE)),optional,ready)
+
+run: $(NEEDS)
 	$(BIN)/python -m sae_utils.sweep $(SWEEP) --engine $(ENGINE)
 
 test: lint $(VENV)/optional
@@ -20,7 +23,7 @@ lab: $(VENV)/ready
 	$(BIN)/jupyter lab notebooks
 
 # interrupted and started again it repeats no finished run; what finished is collected whether or not all did
-reference: $(VENV)/ready
+reference: $(NEEDS)
 	$(BIN)/python -m sae_utils.sweep sweeps/reference.toml --engine $(ENGINE); \
 	status=$$?; $(BIN)/python -m sae_utils.claims collect && exit $$status
 

@@ -133,8 +133,10 @@ def smoke(directory: Path, wanted: list[str]) -> int:
     if not (directory / "text.txt").exists():
         make(directory)
     (directory / "smoke.toml").write_text(TOML.format(directory=directory.as_posix()))
-    plan = [run for run in sweep.planned(directory / "smoke.toml") if not wanted or run[0] in wanted]
-    plan.sort(key=lambda run: wanted.index(run[0]) if wanted else 0)
+    plan = {name: (name, params) for name, params in sweep.planned(directory / "smoke.toml")}
+    if unknown := set(wanted) - set(plan):
+        raise SystemExit(f"no notebook {', '.join(sorted(unknown))}: there are {', '.join(plan)}")
+    plan = [plan[name] for name in wanted or plan]
     for name, params in plan:
         estimate.check(name, params)
     os.environ |= {

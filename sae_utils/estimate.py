@@ -23,6 +23,7 @@ in memory, measured by benchmarks/smoke.py.
 
 import functools
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -97,6 +98,12 @@ def check(name: str, p: dict) -> None:
         need(key, lambda v: v >= 1, "it has to be at least 1")
     for key in ("ks", "widths"):
         need(key, lambda v: v and min(v) >= 1, "it needs at least one value, each at least 1")
+    need("seed", lambda v: 0 <= v < 2**32, "it has to be between 0 and 2³² − 1")
+    need(
+        "device",
+        lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v),
+        "allowed are auto, cpu, cuda, cuda:0, ..., mps",
+    )
     need("lr", lambda v: v > 0, "it has to be above 0")
     need("coefficients", lambda v: len(v) > 1 and min(v) > 0, "a sweep needs at least two values, each above 0")
     need("tune_share", lambda v: 0 < v < 1, "a share of the steps, between 0 and 1")
@@ -113,7 +120,12 @@ def check(name: str, p: dict) -> None:
             raise ValueError(f"{name}: hook_name={p['hook_name']!r}: {p['model']} has layers 0 to {model.n_layers - 1}")
     for key in ("n_tokens", "n_eval_tokens", "n_rule_tokens"):
         need(key, lambda v: v >= model.n_ctx, f"less than one row of the model's context of {model.n_ctx} tokens")
-    need("n_prompt", lambda v: v < model.n_ctx, f"the model's context is {model.n_ctx} tokens")
+    longest = model.n_ctx - p.get("n_new", 0)
+    need(
+        "n_prompt",
+        lambda v: v <= longest,
+        f"beside n_new={p.get('n_new')} the model's context has room for {longest} tokens",
+    )
     activations = p["n_tokens"] // model.n_ctx * (model.n_ctx - 1)
     need("batch_size", lambda v: v <= activations, f"n_tokens={p['n_tokens']:,} give {activations:,} activations")
     if name == "05_train_adaptive":
@@ -434,8 +446,11 @@ def table(plan, tflops: float = 0.0, gbs: float = 0.0) -> tuple[list[tuple], str
     plan = [run for run in plan if run[0] in PLANS]
     if not plan:
         return [], ""
+    if not (0 <= tflops < math.inf and 0 <= gbs < math.inf):
+        raise ValueError(f"--tflops {tflops:g} --gbs {gbs:g}: they have to be above 0, or left out to be measured here")
     given = tflops > 0
-    if not given or not gbs:
+    had_gbs = gbs > 0
+    if not given or not had_gbs:
         here = measured()
         tflops, gbs = tflops or here[0], gbs or (here[1] * (tflops / here[0] if given else 1))
     width = max([p["d_sae"] for _, p in plan if "d_sae" in p], default=1024)
@@ -468,5 +483,7 @@ def table(plan, tflops: float = 0.0, gbs: float = 0.0) -> tuple[list[tuple], str
         f"{disk / GIB:.3g}",
     )
     rows.append(("in all (memory: the largest)", *last))
-    how = "as given" if given else "measured on this CPU; for another machine give --tflops"
+    how = "as given" if given else "measured on this CPU; for another machine give --tflops and --gbs"
+    if given and not had_gbs:
+        how = "the bandwidth guessed from this CPU's: give --gbs"
     return rows, f"hours at {tflops:.3g} TFLOP/s in float32 and {gbs:.3g} GB/s ({how})"

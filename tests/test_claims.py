@@ -15,10 +15,10 @@ from PIL import Image
 
 from sae_utils import claims, runs, sweep
 from sae_utils.claims import CLAIMS, KEYS, Claim, judge, read, summary, t_quantile, verdict
-from sae_utils.files import ROOT, read_json, write_json
+from sae_utils.files import ASSETS, ROOT, read_json, write_json
 
 PAPERS = {"2404.16014", "2405.12241", "2411.10397", "2410.14670", "2411.02124"}
-CLAIM = Claim("0000.00000", "b is larger", "01_toy", "b - a", (">", 0), {"a": "a"})
+CLAIM = Claim("0000.00000", "b is larger", "01_toy", "b - a", (">", 0), {"a": "a"}, {"only b": "b"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,6 +43,11 @@ def test_a_value_is_read_by_path_alone_or_combined():
 def test_a_name_that_is_not_there_is_said_with_those_that_are():
     with pytest.raises(KeyError, match="'x/yy' .did you mean 'y'.*at 'yy' there are y"):
         read({"x": {"y": 1}}, "x/yy")
+    for metrics, value in (({"x": [5]}, "x/1"), ({"x": [5]}, "x/y"), ({"x": 1}, "x/y"), ({"x": None}, "x/y")):
+        with pytest.raises(KeyError, match=f"metrics have no '{value}'"):
+            read(metrics, value)
+    with pytest.raises(TypeError, match="'x' of the metrics is no number, but a dict"):
+        read({"x": {}}, "x")
 
 
 def test_mean_sd_and_interval_by_hand():
@@ -125,9 +130,20 @@ def test_a_row_by_hand(reference):
     (row,) = claims.evaluate(found(reference), [CLAIM])
     assert list(row) == KEYS
     assert row["values"] == [1, 2, 3] and row["n"] == 3 and row["verdict"] == "undecided"  # 2 ± 2.48
-    assert row["controls"]["a"]["mean"] == 1
+    assert row["controls"]["a"]["mean"] == 1 and row["controls"]["a"]["verdict"] == "holds"
+    assert row["controls"]["only b"]["mean"] == 3 and "verdict" not in row["controls"]["only b"]
     assert row["run_ids"] == ["01_toy/c1", "01_toy/c2", "01_toy/c3"]
     assert "expected > 0" in row["comparison"]
+
+
+def test_the_table_has_the_control_and_says_how_many_hold_too(reference):
+    for seed in range(1, 5):
+        committed(reference, seed, {"a": 1.0, "b": 2.0, "zero": 0.0})
+    other = CLAIM._replace(claim="so is this", controls={"nothing": "zero"})
+    rows = claims.evaluate(found(reference), [CLAIM, other])
+    assert "| **holds** | a: 1 [1, 1], holds |" in claims.table(rows)
+    assert "| **holds** | nothing: 0 [0, 0], fails |" in claims.table(rows)
+    assert "Of 2 claims" in claims.section(rows) and "as for 1 of the 2" in claims.section(rows)
 
 
 def test_the_seed_that_was_tuned_on_alone_makes_no_row(reference):
@@ -217,6 +233,33 @@ def test_collected_runs_count_as_finished_and_make_the_table(reference, tmp_path
     assert len(list(reference.glob("*/*/manifest.json"))) == 4
 
 
+def test_the_minutes_of_make_run_are_copied_when_all_of_it_is_there(reference, tmp_path, monkeypatch):
+    cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, CODE)]
+    cells[0].metadata["tags"] = ["parameters"]
+    for name in ("02_toy", "03_toy"):
+        cells[1].source = CODE.replace("02_toy", name)
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    (tmp_path / "laptop.toml").write_text("[02_toy]\n[03_toy]\n")
+    readme, rows = tmp_path / "README.md", "| [`{}`](x.ipynb) | a \\| b | {} |\n"
+    readme.write_text(rows.format("02_toy", "?") + rows.format("03_toy", "0.0") + "| 02_toy | 1 |\n")
+    before = readme.read_text()
+    monkeypatch.chdir(ROOT)
+
+    def collected(name):
+        assert sweep.sweep([run for run in sweep.planned(tmp_path / "laptop.toml") if run[0] == name]) == 0
+        claims.collect_laptop(tmp_path / "laptop.toml", readme)
+        return readme.read_text()
+
+    assert collected("02_toy") == before and not (reference.parent / "laptop").exists()
+    manifest = next((tmp_path / "outputs" / "03_toy").glob("*/manifest.json"), None)
+    assert manifest is None
+    collected("03_toy")
+    manifest = next((tmp_path / "outputs" / "03_toy").glob("*/manifest.json"))
+    write_json(manifest, read_json(manifest) | {"wall_seconds": 135.0})
+    assert collected("03_toy") == before.replace("?", "0.0").replace("| 0.0 |\n| 02", "| 2.2 |\n| 02")
+    assert read_json(reference.parent / "laptop" / "03_toy" / "metrics.json") == {"a": 1.0, "b": 2.0}
+
+
 def test_figures_get_smaller_and_look_the_same():
     figure, ax = plt.subplots()
     ax.imshow(np.arange(900.0).reshape(30, 30))
@@ -231,6 +274,8 @@ def test_figures_get_smaller_and_look_the_same():
 def test_the_command_line_says_what_it_takes(capsys):
     assert claims.main(["show"]) == 2
     assert "collect" in capsys.readouterr().err
+    assert claims.main(["collect", "nowhere.toml"]) == 2
+    assert capsys.readouterr().err == "error: nowhere.toml: no such sweep file\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,6 +309,22 @@ def test_readme_claims_and_manifests_agree():
         assert json.loads(json.dumps(again)) == row, row["claim"]
     again = claims.evaluate(claims.by_seed(claims.committed()))
     assert json.loads(json.dumps(again)) == rows, "a claim or a seed of the committed runs is missing"
+
+
+def test_the_numbers_about_text_model_and_minutes_in_the_readme_are_those_of_manifests():
+    text = (ROOT / "README.md").read_text()
+    shown = {name: last for name, last in re.findall(r"^\| \[`(\w+)`\].* \| ([^|]*) \|$", text, re.MULTILINE)}
+    assert shown == {path.stem: claims.minutes(path.stem) for path in (ROOT / "notebooks").glob("*.ipynb")}
+    (base,) = (HOME / "runs" / "00_base_model").glob("*/metrics.json")
+    bits = read_json(base)["bits_per_byte"]
+    for said, name in (
+        ("{:.3f} bits per\n  byte", "python-lm"),
+        ("`xz -9e` {:.3f}", "xz -9e"),
+        ("3-gram {:.3f}", "Kneser-Ney 3-gram"),
+    ):
+        assert said.format(bits[name]) in text, name
+    n_files = len((ASSETS / "python-source.sha256").read_text().splitlines())
+    assert f"{n_files:,} files" in text
 
 
 def test_the_figures_that_the_readme_shows_are_there():

@@ -98,6 +98,8 @@ def test_evaluation_by_hand(plan):
         ({"hook_name": "blocks.6.hook_resid_pre"}, "has layers 0 to 5"),
         ({"n_tokens": 255}, "n_tokens=255: less than one row"),
         ({"n_eval_tokens": 100}, "n_eval_tokens=100: less than one row"),
+        ({"seed": -1}, "seed=-1: it has to be between"),
+        ({"device": "cuddda"}, "device='cuddda': allowed are auto, cpu, cuda"),
     ],
 )
 def test_parameters_out_of_range_are_refused(change, message):
@@ -108,6 +110,12 @@ def test_parameters_out_of_range_are_refused(change, message):
 def test_a_choice_batch_that_cannot_use_every_latent_is_refused():
     with pytest.raises(ValueError, match="batch_size=128: Feature Choice needs"):
         check("05_train_adaptive", sweep.resolve("05_train_adaptive", {"batch_size": 128}))
+
+
+def test_contexts_that_leave_no_room_for_what_is_generated_are_refused():
+    check("07_steering", sweep.resolve("07_steering", {"n_prompt": 244, "n_new": 12}))
+    with pytest.raises(ValueError, match="n_prompt=245: beside n_new=12 the model's context has room for 244 tokens"):
+        check("07_steering", sweep.resolve("07_steering", {"n_prompt": 245, "n_new": 12}))
 
 
 def dry_run(capsys, path, *more):
@@ -147,7 +155,15 @@ def test_a_mistake_in_a_sweep_is_one_line(capsys, tmp_path):
 def test_hours_are_measured_where_no_throughput_is_given():
     rows, basis = estimate.table([("01_train_topk", sweep.resolve("01_train_topk", {}))])
     assert len(rows) == 2 and "measured on this CPU" in basis
+    _, basis = estimate.table([("01_train_topk", sweep.resolve("01_train_topk", {}))], 1)
+    assert basis.startswith("hours at 1 TFLOP/s") and "bandwidth guessed" in basis
     assert estimate.table([("no_such", {})]) == ([], "")
+
+
+@pytest.mark.parametrize("speed", [(-1, 0), (1, -3), (float("nan"), 1), (1, float("inf"))])
+def test_a_speed_that_is_none_is_refused(speed):
+    with pytest.raises(ValueError, match="have to be above 0"):
+        estimate.table([("01_train_topk", sweep.resolve("01_train_topk", {}))], *speed)
 
 
 def test_a_model_that_is_not_known_is_said():

@@ -1,5 +1,6 @@
 """Executing notebooks: checks, runs found and repeated, failures, kills, requirements. Real kernels, tiny notebooks."""
 
+import itertools
 import json
 import os
 import re
@@ -351,3 +352,15 @@ def test_ray_executes_two_at_once_and_goes_on_after_failures(notebook, tmp_path,
     states = capfd.readouterr().out
     assert states.count("finished") == 2 and states.count("missing") == 2, states
     assert sorted(log()) == [f"slow 8 {seed}" for seed in range(4)]
+
+
+@pytest.mark.ray
+def test_on_ray_two_runs_share_a_gpu_and_a_third_waits(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 3, "GPU": 1}')  # as if; nothing here needs one
+    note = "import os, time; open(run.dir.parents[1] / 'clock', 'a').write(f'{time.time()} %s {os.environ[\"CUDA_VISIBLE_DEVICES\"]}\\n')"
+    notebook("slow", note % "1", "time.sleep(5)", note % "-1")
+    assert main(toml(tmp_path, "[slow]\nseed = [0, 1, 2]\n"), "--engine", "ray", "--gpus", "0.5") == 0
+    events = sorted(line.split() for line in (tmp_path / "runs" / "clock").read_text().splitlines())
+    at_once = list(itertools.accumulate(int(change) for _, change, _ in events))
+    assert max(at_once) == 2 and len(events) == 6, events
+    assert {gpu for *_, gpu in events} == {"0"}
