@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from sae_utils import claims, runs, sweep
-from sae_utils.claims import CLAIMS, KEYS, Claim, judge, read, summary, t_quantile, verdict
 from sae_utils.files import ASSETS, ROOT, read_json, write_json
+from sae_utils.papers import CLAIMS, KEYS, TUNED_ON, Claim, judge, read, summary, t_quantile, verdict
 
 PAPERS = {"2404.16014", "2405.12241", "2411.10397", "2410.14670", "2411.02124"}
 CLAIM = Claim("0000.00000", "b is larger", "01_toy", "b - a", (">", 0), {"a": "a"}, {"only b": "b"})
@@ -147,7 +147,7 @@ def test_the_table_has_the_control_and_says_how_many_hold_too(reference):
 
 
 def test_the_seed_that_was_tuned_on_alone_makes_no_row(reference):
-    committed(reference, claims.TUNED_ON, {"a": 1.0, "b": 2.0})
+    committed(reference, TUNED_ON, {"a": 1.0, "b": 2.0})
     assert claims.evaluate(found(reference), [CLAIM]) == []
 
 
