@@ -133,10 +133,10 @@ def smoke(directory: Path, wanted: list[str]) -> int:
     if not (directory / "text.txt").exists():
         make(directory)
     (directory / "smoke.toml").write_text(TOML.format(directory=directory.as_posix()))
-    plan = {name: (name, params) for name, params in sweep.planned(directory / "smoke.toml")}
-    if unknown := set(wanted) - set(plan):
-        raise SystemExit(f"no notebook {', '.join(sorted(unknown))}: there are {', '.join(plan)}")
-    plan = [plan[name] for name in wanted or plan]
+    params_of = dict(sweep.planned(directory / "smoke.toml"))
+    if unknown := set(wanted) - set(params_of):
+        raise SystemExit(f"no notebook {', '.join(sorted(unknown))}: there are {', '.join(params_of)}")
+    plan = [(name, params_of[name]) for name in wanted or params_of]
     for name, params in plan:
         estimate.check(name, params)
     os.environ |= {

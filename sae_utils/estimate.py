@@ -448,11 +448,13 @@ def table(plan, tflops: float = 0.0, gbs: float = 0.0) -> tuple[list[tuple], str
         return [], ""
     if not (0 <= tflops < math.inf and 0 <= gbs < math.inf):
         raise ValueError(f"--tflops {tflops:g} --gbs {gbs:g}: they have to be above 0, or left out to be measured here")
-    given = tflops > 0
-    had_gbs = gbs > 0
-    if not given or not had_gbs:
+    how = "as given" if gbs else "the bandwidth guessed from this CPU's: give --gbs"
+    if not tflops:
+        how = "measured on this CPU; for another machine give --tflops and --gbs"
+    if not (tflops and gbs):
         here = measured()
-        tflops, gbs = tflops or here[0], gbs or (here[1] * (tflops / here[0] if given else 1))
+        tflops = tflops or here[0]
+        gbs = gbs or here[1] * tflops / here[0]
     width = max([p["d_sae"] for _, p in plan if "d_sae" in p], default=1024)
     rows, stores, most, total = [], {}, 0.0, {"hours": 0.0, "memory": 0.0, "device": 0.0, "disk": 0.0}
     for name, p in plan:
@@ -483,7 +485,4 @@ def table(plan, tflops: float = 0.0, gbs: float = 0.0) -> tuple[list[tuple], str
         f"{disk / GIB:.3g}",
     )
     rows.append(("in all (memory: the largest)", *last))
-    how = "as given" if given else "measured on this CPU; for another machine give --tflops and --gbs"
-    if given and not had_gbs:
-        how = "the bandwidth guessed from this CPU's: give --gbs"
     return rows, f"hours at {tflops:.3g} TFLOP/s in float32 and {gbs:.3g} GB/s ({how})"

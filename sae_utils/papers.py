@@ -203,27 +203,30 @@ def judge(claim: Claim, of_seed: dict[int, runs.Run]) -> dict:
     def over_seeds(value):
         return [read(run.metrics, value) for run in judged]
 
+    def beside(value):
+        return summary(over_seeds(value)) | {"metric": value}
+
+    def says(value):
+        found = over_seeds(value)
+        enough = len(found) >= ENOUGH and None not in found
+        return verdict(summary(found)["interval"], claim.expected) if enough else "undecided"
+
     values = over_seeds(claim.value)
-    found = summary(values)
-    enough = found["n"] >= ENOUGH and None not in values
     relation, bound, *margin = claim.expected
     kinds = {" - ": "difference within each seed", " over ": "ratio within each seed"}
     said = next((kind for word, kind in kinds.items() if word in claim.value), "value of each seed")
     said += f"; 95% t-interval of the mean over seeds, expected {relation} {bound:g}" + "".join(
         f" ± {m:g}" for m in margin
     )
-    controls = {name: summary(over_seeds(value)) | {"metric": value} for name, value in claim.controls.items()}
-    for control in controls.values():
-        control["verdict"] = verdict(control["interval"], claim.expected)
-    also = {name: summary(over_seeds(value)) | {"metric": value} for name, value in claim.also.items()}
-    row = found | {
+    controls = {name: beside(value) | {"verdict": says(value)} for name, value in claim.controls.items()}
+    row = summary(values) | {
         "paper": claim.paper,
         "claim": claim.claim,
         "metric": f"{claim.notebook}: {claim.value}",
         "values": values,
         "comparison": f"{said}; seed {TUNED_ON} was tuned on and is left out",
-        "controls": controls | also,
-        "verdict": verdict(found["interval"], claim.expected) if enough else "undecided",
+        "controls": controls | {name: beside(value) for name, value in claim.also.items()},
+        "verdict": says(claim.value),
         "run_ids": [f"{run.name}/{run.id}" for run in judged],
     }
     return {key: row[key] for key in KEYS}
