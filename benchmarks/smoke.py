@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from sae_utils import estimate, sweep
+from sae_utils import estimate, execute, sweep
 from sae_utils.data import builtin_documents
 from sae_utils.files import ASSETS, BUILTIN_MODEL
 
@@ -140,7 +140,7 @@ def smoke(directory: Path, wanted: list[str]) -> int:
     for name, params in plan:
         estimate.check(name, params)
     os.environ |= {
-        sweep.TIER: str(directory / "smoke.toml"),
+        execute.TIER: str(directory / "smoke.toml"),
         "SAE_UTILS_OUTPUT": str(directory / "outputs"),
         "HF_HUB_OFFLINE": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**20),  # glibc gives back what is freed: the peak is then what was in use

@@ -15,7 +15,7 @@ _HOME = {
     "metrics": ["evaluate"],
     "store": ["save_sae", "load_sae"],
     "runs": ["start_run"],
-    "sweep": ["require"],
+    "execute": ["require"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

@@ -43,6 +43,8 @@ class Moments:
     """
 
     def __init__(self, joint: bool = False, of: "Moments | None" = None):
+        if joint and of:
+            raise ValueError("Moments: joint=True keeps all sums, so there is nothing to take from those of `of`")
         self.n, self.joint, self.of, self.sums = 0, joint, of, None
 
     def add(self, u: Tensor, v: Tensor) -> None:

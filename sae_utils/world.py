@@ -103,8 +103,8 @@ def attribution_error(account: dict[str, dict[str, float]]) -> float:
 
 def norm_r2(x: Tensor, part: Tensor) -> float:
     """R² of ‖part‖² from x, both [n, d_in]; fitted and scored on halves."""
-    half, stream = len(x) // 2, [{"x": x, "part": part, "row": torch.arange(len(x))}]
-    fit, test = ([{k: v[at] for k, v in stream[0].items()}] for at in (slice(half), slice(half, None)))
+    half, row = len(x) // 2, torch.arange(len(x))
+    fit, test = ([{"x": x[at], "part": part[at], "row": row[at]}] for at in (slice(half), slice(half, None)))
     return map_from(lambda b: b["x"], lambda b: b["part"].square().sum(1, keepdim=True), fit, test).r2()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sae_utils import claims, runs, sweep
+from sae_utils import claims, execute, runs, sweep
 from sae_utils.files import ASSETS, ROOT, read_json, write_json
 from sae_utils.papers import CLAIMS, KEYS, TUNED_ON, Claim, judge, read, summary, t_quantile, verdict
 
@@ -92,7 +92,7 @@ def reference(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference" / "runs")
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "outputs"))
     monkeypatch.setenv("SAE_UTILS_NOTEBOOKS", str(tmp_path))
-    monkeypatch.delenv(sweep.TIER, raising=False)
+    monkeypatch.delenv(execute.TIER, raising=False)
     (tmp_path / "sweep.toml").write_text("")
     return tmp_path / "reference" / "runs"
 

@@ -11,7 +11,7 @@ import nbformat
 import papermill
 import pytest
 
-from sae_utils import runs, sweep
+from sae_utils import execute, runs, sweep
 from sae_utils.files import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -29,7 +29,7 @@ def run_pytest(*args, cwd):
 
 @each_notebook
 def test_fast_parameters_are_declared_with_the_same_type_and_mean_one_run(path):
-    assert len(sweep.combinations(sweep.read_sweep(FAST), path.stem)) == 1
+    assert len(execute.combinations(execute.read_sweep(FAST), path.stem)) == 1
 
 
 @each_notebook
@@ -54,9 +54,9 @@ def test_every_sweep_file_is_valid(path):
 
 
 def test_executed_again_a_run_gives_equal_outputs(tmp_path, monkeypatch):
-    monkeypatch.setenv(sweep.TIER, str(FAST))
+    monkeypatch.setenv(execute.TIER, str(FAST))
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))
-    executed = sweep.run("01_train_topk").dir / "notebook.ipynb"
+    executed = execute.run("01_train_topk").dir / "notebook.ipynb"
     check_strictly(executed, tmp_path)
 
 
@@ -78,7 +78,7 @@ def toy(tmp_path, monkeypatch):
     """`toy(name, *code)` writes a notebook whose parameters are `k = 8` and `output_dir`, and a tier with k = 2."""
     monkeypatch.setenv("SAE_UTILS_NOTEBOOKS", str(tmp_path))
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))
-    monkeypatch.setenv(sweep.TIER, str(tmp_path / "fast.toml"))
+    monkeypatch.setenv(execute.TIER, str(tmp_path / "fast.toml"))
     (tmp_path / "fast.toml").write_text("[shared]\nk = 2\n")
 
     def write(name, *code):
@@ -122,8 +122,8 @@ def test_a_parameter_that_no_notebook_declares_stops_the_tests(toy, tmp_path):
 def test_strict_comparison_accepts_equal_and_refuses_unequal_outputs(toy, tmp_path):
     (tmp_path / "copy").mkdir()
     toy("01_toy", "print(k, run.id)\nimport random\nrandom.random()", "run.finish({})")
-    check_strictly(sweep.run("01_toy").dir / "notebook.ipynb", tmp_path / "copy")
+    check_strictly(execute.run("01_toy").dir / "notebook.ipynb", tmp_path / "copy")
     toy("02_toy", "import os\nprint(os.getpid())", "run.finish({})")
-    executed = sweep.run("02_toy").dir / "notebook.ipynb"
+    executed = execute.run("02_toy").dir / "notebook.ipynb"
     with pytest.raises(AssertionError, match="Cell outputs differ"):
         check_strictly(executed, tmp_path / "copy")

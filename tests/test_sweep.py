@@ -12,7 +12,7 @@ import time
 import nbformat
 import pytest
 
-from sae_utils import runs, sweep
+from sae_utils import execute, runs, sweep
 from sae_utils.files import ROOT, write_json
 from sae_utils.runs import find_run, start_run
 
@@ -33,8 +33,8 @@ def notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
     monkeypatch.setattr(runs, "_current", None)
-    monkeypatch.delenv(sweep.TIER, raising=False)
-    monkeypatch.delenv(sweep.KEEP_STALE, raising=False)
+    monkeypatch.delenv(execute.TIER, raising=False)
+    monkeypatch.delenv(execute.KEEP_STALE, raising=False)
     monkeypatch.chdir(ROOT)
 
     def write(name, *code, finish="run.finish({'k': k, 'draw': random.random()})"):
@@ -102,7 +102,7 @@ def alive(pid):
 def test_misspelt_and_mistyped_parameters_are_refused_before_anything_runs(notebook, tmp_path, params, error, message):
     notebook("01_toy")
     with pytest.raises(error, match=message):
-        sweep.run("01_toy", params)
+        execute.run("01_toy", params)
     assert not (tmp_path / "runs").exists()
 
 
@@ -184,7 +184,7 @@ def test_shards_partition_the_plan(notebook, tmp_path, capsys):
 def test_a_run_is_found_not_repeated_unless_stale_and_equal_seeds_give_equal_bytes(notebook, log, tmp_path, capsys):
     notebook("01_toy")
     assert main("run", tmp_path / "01_toy.ipynb", "-p", "flag", "false", "-p", "seed", "5") == 0
-    done = sweep.run("01_toy", {"flag": False, "seed": 5})
+    done = execute.run("01_toy", {"flag": False, "seed": 5})
     assert done.parameters["flag"] is False and done.parameters["k"] == 8
     assert (done.dir / "notebook.ipynb").exists()
     assert log() == ["01_toy 8 5"], "the second call found the run"
@@ -192,7 +192,7 @@ def test_a_run_is_found_not_repeated_unless_stale_and_equal_seeds_give_equal_byt
     write_json(done.dir / "manifest.json", done.manifest | {"sources": {"runs.py": "other"}})
     first = (done.dir / "metrics.json").read_bytes()
     capsys.readouterr()
-    assert sweep.run("01_toy", {"flag": False, "seed": 5}, keep_stale=True).id == done.id
+    assert execute.run("01_toy", {"flag": False, "seed": 5}, keep_stale=True).id == done.id
     assert "stale (made by other sae_utils sources (runs.py)), kept" in capsys.readouterr().out
     path = toml(tmp_path, "[01_toy]\nflag = false\nseed = 5\n")
     main(path, "--dry-run")
@@ -202,7 +202,7 @@ def test_a_run_is_found_not_repeated_unless_stale_and_equal_seeds_give_equal_byt
         "nothing to do",
     ]
     assert len(log()) == 1
-    assert sweep.run("01_toy", {"flag": False, "seed": 5}).stale() == ""
+    assert execute.run("01_toy", {"flag": False, "seed": 5}).stale() == ""
     assert "repeating it" in capsys.readouterr().out
     assert len(log()) == 2
     assert (done.dir / "metrics.json").read_bytes() == first
@@ -228,16 +228,16 @@ def test_a_failing_run_is_collected_and_the_others_go_on(notebook, log, tmp_path
 
 def test_a_notebook_that_never_finishes_its_run_has_failed(notebook):
     notebook("01_toy", finish="pass")
-    with pytest.raises(sweep.RunFailed, match="without run.finish"):
-        sweep.run("01_toy")
+    with pytest.raises(execute.RunFailed, match="without run.finish"):
+        execute.run("01_toy")
 
 
 def test_a_dead_kernel_and_a_late_one_end_the_run_and_are_not_repeated(notebook, log):
     notebook("01_toy", "import os, time\ntime.sleep(60) if flag else os._exit(1)")
-    with pytest.raises(sweep.RunFailed, match="it took longer than 4 s"):
-        sweep.run("01_toy", time_limit=4)
-    with pytest.raises(sweep.RunFailed, match="DeadKernelError"):
-        sweep.run("01_toy", {"flag": False})
+    with pytest.raises(execute.RunFailed, match="it took longer than 4 s"):
+        execute.run("01_toy", time_limit=4)
+    with pytest.raises(execute.RunFailed, match="DeadKernelError"):
+        execute.run("01_toy", {"flag": False})
     assert len(log()) == 2
 
 
@@ -250,7 +250,7 @@ def test_a_kernel_that_does_not_start_is_started_once_more(notebook, log, tmp_pa
     write_json(spec, {"argv": argv, "display_name": "", "language": "python"})
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     notebook("01_toy")
-    sweep.run("01_toy")
+    execute.run("01_toy")
     assert (tmp_path / "tried").exists() and len(log()) == 1
 
 
@@ -296,8 +296,8 @@ def test_a_notebook_gets_the_runs_it_requires(notebook, log, tmp_path, monkeypat
     )
     path = toml(tmp_path, "[shared]\nk = 5\nseed = 9\n[01_toy]\nk = 6\n[02_toy]\nseed = 3\n")
     assert main(path, "--shard", "2/2") == 0
-    monkeypatch.setenv(sweep.TIER, path)
-    done = find_run("02_toy", sweep.resolve("02_toy", {}))
+    monkeypatch.setenv(execute.TIER, path)
+    done = find_run("02_toy", execute.resolve("02_toy", {}))
     wanted = {"k": 6, "rate": 0.5, "flag": True, "sizes": [1, 2], "seed": 3, "output_dir": ""}
     assert done.metrics["parameters"] == wanted
     required = find_run("01_toy", wanted)
@@ -305,18 +305,18 @@ def test_a_notebook_gets_the_runs_it_requires(notebook, log, tmp_path, monkeypat
     assert list(done.manifest["requires"]) == [f"01_toy/{required.id}"]
     assert log() == ["02_toy 5 3", "01_toy 6 3"]
 
-    by_hand = start_run("02_toy", sweep.resolve("02_toy", {}))
-    assert sweep.require("01_toy", rate=0.5).id == required.id
+    by_hand = start_run("02_toy", execute.resolve("02_toy", {}))
+    assert execute.require("01_toy", rate=0.5).id == required.id
     assert list(by_hand.manifest["requires"]) == [f"01_toy/{required.id}"]
     assert len(log()) == 2
 
 
 def test_the_failure_of_a_required_run_is_shown_where_it_was_required(notebook, tmp_path):
     notebook("01_toy", "inverse = 1 / (k - 8)")
-    with pytest.raises(sweep.RunFailed, match="(?s)required by you: .*01_toy failed: ZeroDivisionError"):
-        sweep.require("01_toy")
+    with pytest.raises(execute.RunFailed, match="(?s)required by you: .*01_toy failed: ZeroDivisionError"):
+        execute.require("01_toy")
     with pytest.raises(KeyError, match="no parameter 'kk'"):
-        sweep.require("01_toy", kk=1)
+        execute.require("01_toy", kk=1)
 
 
 def test_key_metrics_are_those_listed_or_the_first_numbers(tmp_path):
@@ -364,3 +364,21 @@ def test_on_ray_two_runs_share_a_gpu_and_a_third_waits(notebook, tmp_path, monke
     at_once = list(itertools.accumulate(int(change) for _, change, _ in events))
     assert max(at_once) == 2 and len(events) == 6, events
     assert {gpu for *_, gpu in events} == {"0"}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("gpus", ["2", "-1"])
+def test_on_ray_more_gpus_than_there_are_is_an_error(notebook, tmp_path, log, monkeypatch, capfd, gpus):
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 1, "GPU": 1}')
+    notebook("one")
+    assert main(toml(tmp_path, "[one]\n"), "--engine", "ray", "--gpus", gpus) == 2
+    assert f"error: --gpus {gpus}: a run can have from 0 to the 1 GPUs" in capfd.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[01_toy", None])
+def test_a_sweep_file_that_cannot_be_read_is_said_in_a_line(tmp_path, capsys, content):
+    path = tmp_path / "sweep.toml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert main(str(path), "--list") == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}")
