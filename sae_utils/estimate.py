@@ -362,16 +362,18 @@ def dark_matter(run: Plan) -> None:
     widths, full = run.p["widths"], run.p["full"]
     some = widths if full else sorted({widths[0], widths[len(widths) // 2], widths[-1]})
     middle = widths[len(widths) // 2]
-    for part in ("train", "untrained"):
-        run.harvest(run.n_tokens, what=part)
-        run.harvest(2 * run.n_eval, what=f"{part}, held out")
-        run.kept += (run.weights + run.left) / 2  # both models stay
+    run.harvest(run.n_tokens)
+    run.harvest(2 * run.n_eval, what="held out")
     run.train(widths)
+    run.kept += run.left + run.weights  # both models stay
+    run.harvest(run.n_tokens, what="untrained")
     run.train(some)
     run.train(some[:: len(some) // 2] if full else [middle])
     # decoders refitted: normal equations in float64, and copies to scale and to factor them
     run.flop += sum(2 / 3 * F**3 + 2 * run.n_tokens * (run.d + run.k) * run.k for F in widths)
     run.phase("refit", 5 * 8 * max(widths) ** 2)
+    run.kept += 4 * 2 * run.n_eval * run.d  # the Gaussian's tokens, which no file holds
+    run.harvest(2 * run.n_eval, what="untrained, held out")
     run.encode([*widths, *widths, *some, *some], 4 * run.n_eval, at_once=4096)
     run.evaluate([middle] * 12, run.n_eval, batch_rows=4)
     if full:
