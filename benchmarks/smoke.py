@@ -60,7 +60,9 @@ coefficients = [0.1, 0.3, 1.0]
 [05_train_adaptive]
 d_wide = 6144
 
-[06_dark_matter]
+[06_dark_matter]  # the shrinking of its first exercise has to cost variance: not so after 15 steps, when x̂ is too long
+n_tokens = 32768
+k = 8
 widths = [768, 1536, 3072]
 n_eval_tokens = 40_960
 
