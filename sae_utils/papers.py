@@ -34,6 +34,12 @@ class Claim(NamedTuple):
     also: dict = {}
 
 
+def dark_matter(claim: str, name: str, expected: tuple, control: str) -> Claim:
+    """A claim that notebook 06 puts beside its control itself, in a table of its metrics, under `name`."""
+    at = f"claims/{name}"
+    return Claim("2410.14670", claim, "06_dark_matter", f"{at}/here", expected, {control: f"{at}/control"})
+
+
 # fmt: off
 CLAIMS = [
     # 2404.16014, Gated SAEs, at L0 8, the shared budget; the ReLU baseline has 1.5 times the latents
@@ -100,27 +106,20 @@ CLAIMS = [
     Claim("2411.10397", "Latents of g-SAE are as interpretable as TopK's: F1 of a rule within .02", "08_compare",
           "f1/g-SAE - f1/TopK", ("=", 0, 0.02), also={"random directions that fire as often": "f1_random/g-SAE - f1_random/TopK", "a rule judging another latent, all methods": "f1_another"}),
     # 2410.14670, dark matter, with TopK SAEs of k = 8 and five widths
-    Claim("2410.14670", "About half of the error is a linear function of x: R² is .35 to .65", "06_dark_matter",
-          "claims/about half of e is linear in x/here", ("=", 0.5, 0.15),
-          {"Gaussian data of the same covariance": "claims/about half of e is linear in x/control"}),
-    Claim("2410.14670", "The error's squared norm is more than 90% linearly predictable", "06_dark_matter",
-          "claims/‖e‖² is more than 90% linear in x/here", (">", 0.9),
-          {"best of ‖x‖, token and position": "claims/‖e‖² is more than 90% linear in x/control"}),
-    Claim("2410.14670", "FVU_nonlinear is flat in width: 1 − the ratio of its exponent to FVU's is .75 to 1.25", "06_dark_matter",
-          "claims/FVU_nonlinear is flat in width/here", ("=", 1, 0.25),
-          {"Gaussian data of the same covariance": "claims/FVU_nonlinear is flat in width/control"}),
-    Claim("2410.14670", "Per-token error norms of the narrowest SAE predict those of the widest: R² is above .5", "06_dark_matter",
-          "claims/‖e‖ predicts ‖e‖ across widths/here", (">", 0.5),
-          {"best of ‖x‖, token, position": "claims/‖e‖ predicts ‖e‖ across widths/control"}),
-    Claim("2410.14670", "Nonlinear error costs CE in proportion to its squared length: ratio .75 to 1.25", "06_dark_matter",
-          "claims/CE: the nonlinear error costs its share/here", ("=", 1, 0.25),
-          {"a fraction of the whole error": "claims/CE: the nonlinear error costs its share/control"}),
-    Claim("2410.14670", "Gradient pursuit lowers FVU_nonlinear only slightly: by 0 to 15%", "06_dark_matter",
-          "claims/pursuit lowers FVU_nonlinear slightly/here", ("=", 0.075, 0.075),
-          {"Gaussian data of the same covariance": "claims/pursuit lowers FVU_nonlinear slightly/control"}),
-    Claim("2410.14670", "SAEs of the same size do worse on the nonlinear than on the linear part", "06_dark_matter",
-          "claims/SAEs do worse on the nonlinear part/here", (">", 0),
-          {"Gaussians of the same covariances": "claims/SAEs do worse on the nonlinear part/control"}),
+    dark_matter("About half of the error is a linear function of x: R² is .35 to .65",
+                "about half of e is linear in x", ("=", 0.5, 0.15), "Gaussian data of the same covariance"),
+    dark_matter("The error's squared norm is more than 90% linearly predictable",
+                "‖e‖² is more than 90% linear in x", (">", 0.9), "best of ‖x‖, token and position"),
+    dark_matter("FVU_nonlinear is flat in width: 1 − the ratio of its exponent to FVU's is .75 to 1.25",
+                "FVU_nonlinear is flat in width", ("=", 1, 0.25), "Gaussian data of the same covariance"),
+    dark_matter("Per-token error norms of the narrowest SAE predict those of the widest: R² is above .5",
+                "‖e‖ predicts ‖e‖ across widths", (">", 0.5), "best of ‖x‖, token, position"),
+    dark_matter("Nonlinear error costs CE in proportion to its squared length: ratio .75 to 1.25",
+                "CE: the nonlinear error costs its share", ("=", 1, 0.25), "a fraction of the whole error"),
+    dark_matter("Gradient pursuit lowers FVU_nonlinear only slightly: by 0 to 15%",
+                "pursuit lowers FVU_nonlinear slightly", ("=", 0.075, 0.075), "Gaussian data of the same covariance"),
+    dark_matter("SAEs of the same size do worse on the nonlinear than on the linear part",
+                "SAEs do worse on the nonlinear part", (">", 0), "Gaussians of the same covariances"),
     Claim("2410.14670", "SAEs of earlier layers explain more of the nonlinear part than pursuit removes", "06_dark_matter",
           "claims/earlier SAEs remove more than pursuit/here - claims/pursuit lowers FVU_nonlinear slightly/here", (">", 0),
           {"random functions of x": "claims/earlier SAEs remove more than pursuit/control - claims/pursuit lowers FVU_nonlinear slightly/here"}),
