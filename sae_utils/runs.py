@@ -27,7 +27,7 @@ import numpy as np
 from filelock import Timeout
 
 from .data import corpus_hash
-from .files import OUTPUTS, ROOT, digest, lock, model_hash, read_json, replacing, source_hashes, write_json
+from .files import OUTPUTS, ROOT, code_hash, digest, lock, model_hash, read_json, replacing, source_hashes, write_json
 
 REFERENCE = OUTPUTS / "reference" / "runs"
 TYPES = re.compile(r"(bool|int|float|str|list|dict)|list\[(bool|int|float|str)\]")
@@ -73,8 +73,9 @@ def code_cells(path) -> list[tuple[list[str], str]]:
     return [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in cells]
 
 
-def code_hash(path) -> str:
-    return digest([source for _, source in code_cells(path)])
+def notebook_hash(path) -> str:
+    """`code_hash` of a notebook's code cells but for its parameters, which are in a run's identity by themselves."""
+    return code_hash(*(source for tags, source in code_cells(path) if "parameters" not in tags))
 
 
 def parameters_of(path) -> dict[str, Parameter]:
@@ -146,7 +147,7 @@ def input_hashes(params) -> dict:
 def run_id(path, params) -> str:
     """12 hex digits naming what determines the result: notebook code, parameters but for `output_dir`, text and model."""
     identity = {name: value for name, value in params.items() if name != "output_dir"}
-    return digest([code_hash(path), identity, input_hashes(params)], 12)
+    return digest([notebook_hash(path), identity, input_hashes(params)], 12)
 
 
 def run_dir(path, params) -> Path:
@@ -187,7 +188,7 @@ class Run:
             path = notebooks_dir() / f"{required.split('/')[0]}.ipynb"
             if changed := changed_sources(made_by["sources"]):
                 return f"required {required}, which other sae_utils sources made ({changed})"
-            if not path.is_file() or made_by["code"] != code_hash(path):
+            if not path.is_file() or made_by["code"] != notebook_hash(path):
                 return f"required {required}, whose notebook has changed since"
         return ""
 
@@ -212,7 +213,10 @@ class Run:
         if "torch" in sys.modules and not self.seeded_torch:
             raise RuntimeError("torch was imported after start_run, so the seed never reached it: import it before")
         write_json(self.dir / "metrics.json", plain(metrics))
-        loaded = {f"{name.removeprefix('sae_utils.')}.py" for name in sys.modules if name.startswith("sae_utils.")}
+        modules = {
+            name.removeprefix("sae_utils.").replace(".", "/") for name in sys.modules if name.startswith("sae_utils.")
+        }
+        loaded = {f"{module}{end}" for module in modules for end in (".py", "/__init__.py")}
         sources = {name: value for name, value in self.manifest["sources"].items() if name in loaded}
         seconds = round(time.monotonic() - self.started, 2)
         self.manifest |= {"finished": True, "sources": sources, "wall_seconds": seconds}
@@ -270,7 +274,7 @@ def start_run(name: str, namespace: dict) -> Run:
         "seed": params.get("seed"),
         "finished": False,
         "requires": {},
-        "code": code_hash(path),
+        "code": notebook_hash(path),
         "sources": source_hashes(),  # `finish` leaves those that were loaded
         **{f"{kind}_hash": value for kind, value in input_hashes(params).items()},
         "device": device,
