@@ -18,7 +18,8 @@ from filelock import Timeout
 
 from . import runs
 from .files import lock, read_json
-from .runs import Run, check_parameters, near, notebook_path, parameters_of
+from .runs import Run, check_parameters, notebook_path, parameters_of
+from .values import near
 
 SHARED = ["model", "dataset", "hook_name", "n_tokens", "seed", "device", "output_dir"]
 TIME_LIMIT = 24 * 3600  # seconds for one run, against a kernel that hangs

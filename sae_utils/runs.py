@@ -9,7 +9,6 @@ Imports no torch, so that the sweep runner can use it.
 """
 
 import ast
-import difflib
 import importlib.metadata
 import math
 import os
@@ -28,6 +27,7 @@ from filelock import Timeout
 
 from .data import corpus_hash
 from .files import OUTPUTS, ROOT, code_hash, digest, lock, model_hash, read_json, replacing, source_hashes, write_json
+from .values import near
 
 REFERENCE = OUTPUTS / "reference" / "runs"
 TYPES = re.compile(r"(bool|int|float|str|list|dict)|list\[(bool|int|float|str)\]")
@@ -59,12 +59,6 @@ def notebook_path(name: str) -> Path:
         names = sorted(file.stem for file in notebooks_dir().glob("*.ipynb"))
         raise FileNotFoundError(f"no notebook {name!r} in {path.parent}{near(name, names)}: it has {', '.join(names)}")
     return path
-
-
-def near(name, names) -> str:
-    """`", did you mean ...?"` if one of the names is near, else nothing."""
-    matches = difflib.get_close_matches(name, names, 1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def code_cells(path) -> list[tuple[list[str], str]]:
