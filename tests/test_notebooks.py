@@ -16,7 +16,18 @@ from sae_utils.files import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAST = ROOT / "tests" / "fast.toml"
-ALWAYS = {"model", "dataset", "hook_name", "n_tokens", "seed", "device", "output_dir"}
+ALWAYS = {
+    "model",
+    "dataset",
+    "text_field",
+    "dataset_config",
+    "bos",
+    "hook_name",
+    "n_tokens",
+    "seed",
+    "device",
+    "output_dir",
+}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -35,7 +46,7 @@ def test_fast_parameters_are_declared_with_the_same_type_and_mean_one_run(path):
 @each_notebook
 def test_parameters_are_few_complete_and_read_alike_by_papermill(path):
     parameters = runs.parameters_of(path)
-    assert len(parameters) <= 14
+    assert len(parameters) <= 17
     assert ALWAYS <= set(parameters), f"missing: {ALWAYS - set(parameters)}"
     assert list(parameters) == list(papermill.inspect_notebook(path)), "papermill is confused by an = in a comment"
 
