@@ -43,8 +43,7 @@ d_vocab = 50257
 d_model = 768
 n_layer = 12
 n_head = 12
-n_ctx = 512
-batch_rows = 1
+n_ctx = 32
 
 [01_train_topk]
 ks = [16, 64]

@@ -278,7 +278,7 @@ def estimate(name: str, p: dict, d_sae: int = 0) -> Plan | None:
 
 def base_model(run: Plan) -> None:
     if run.p["retrain"]:
-        m, rows = run.m, run.p["batch_rows"]
+        m, rows = run.m, 16
         run.flop += 3 * run.n_tokens * (m.layers(m.n_layers) + m.unembedding)
         run.bytes += run.n_tokens / (rows * run.n) * 40 * m.n_parameters
         run.kept += 12 * m.n_parameters  # gradients and the optimiser's state
