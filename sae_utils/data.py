@@ -54,6 +54,9 @@ BAD_SHARE = 0.05
 CONTEXT = 60
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 HUB_SECONDS = 5
+# The functions that decide which rows a text gives: rows made by other code are not taken from the cache.
+RULES = """pack token_stream documents split_of part name_hash distinct marks builtin_documents left_out read_local local_files
+    kind_of document_name rows_of readable text_of skeleton parsed decoded hub_rows""".split()
 NOT_SOURCE = re.compile(
     r"(^|/)(tests?|testing|_testing|_?vendor(ed)?|externals|third_party|_generated)/"
     r"|(^|/)(test_[^/]*|[^/]*_test|conftest|_?version|__config__|_distributor_init|[^/]*_pb2)\.py$"
@@ -109,8 +112,8 @@ def tokens(
     n_rows = n_tokens // n_ctx
     if n_tokens and not n_rows:
         raise ValueError(f"n_tokens={n_tokens} is less than one row of n_ctx={n_ctx}")
-    corpus, local = corpus_hash(dataset, config), None if dataset == BUILTIN else local_path(dataset)
-    streamed = dataset != BUILTIN and local is None
+    corpus, local = corpus_hash(dataset, config), dataset != BUILTIN and local_path(dataset)
+    streamed = local is None
     if streamed and not n_tokens:
         raise ValueError(f"n_tokens=0: dataset={dataset!r} is streamed from the hub, so say how many tokens to take")
     spread = spread if n_tokens and not streamed else 1
@@ -173,22 +176,8 @@ def pack(ids, n_ctx, n_rows, spread, bos, dtype) -> np.ndarray:
 @functools.cache
 def rules() -> str:
     """A hash of the code that makes rows of text: rows that were made by other rules are made anew."""
-    code = [pack, token_stream, documents, split_of, part, name_hash, distinct, marks, builtin_documents, left_out]
-    code += [
-        read_local,
-        local_files,
-        kind_of,
-        document_name,
-        rows_of,
-        readable,
-        text_of,
-        is_message,
-        skeleton,
-        parsed,
-        decoded,
-        hub_rows,
-    ]
-    return digest([code_hash(*map(inspect.getsource, code)), SPLITS, FEW_DOCUMENTS, BAD_SHARE, CONTEXT, SUFFIXES])
+    code = [inspect.getsource(globals()[name]) for name in RULES]
+    return digest([code_hash(*code), SPLITS, FEW_DOCUMENTS, BAD_SHARE, CONTEXT, SUFFIXES])
 
 
 def losses(lost) -> str:
@@ -196,19 +185,18 @@ def losses(lost) -> str:
     about = lost["duplicate characters"] * lost["tokens"] // max(lost["characters"], 1)
     counts = {
         f"near-duplicates, about {about:,} tokens (deduplicate=False keeps them)": lost["duplicates"],
-        "empty": lost["empty"],
+        "empty or null": lost["empty"],
         f"unreadable, the first in {lost['first']}": lost["bad"],
     }
-    total = lost["documents"] + lost["bad"]
-    found = [f"{n:,} {why}" for why, n in counts.items() if n]
-    return f"of {total:,} documents read these are left out: {'; '.join(found)}" if found else ""
+    found = "; ".join(f"{n:,} {why}" for why, n in counts.items() if n)
+    return f"left out of {lost['documents'] + lost['bad']:,} documents: {found}" if found else ""
 
 
 def unread(path) -> str:
     """What `tokens` says about the files of a local directory that are not read, "" if there are none."""
     others = local_files(path)[1] if path else {}
     found = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
-    return f"files and folders not read: {sum(others.values())} ({found})" if found else ""
+    return f"files and folders not read: {found}" if found else ""
 
 
 def open_array(path, mode="r") -> np.memmap:
@@ -338,23 +326,21 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open
 
 def local_files(path) -> tuple[list[Path], Counter]:
     """The files to read, sorted, and a count of what is not read: other suffixes, hidden entries, linked folders."""
-    files, others = [path] if path.is_file() else [], Counter()
-    for directory, folders, names in os.walk(path, onerror=raise_) if not files else ():
+    files, others, errors = [path] if path.is_file() else [], Counter(), []
+    for directory, folders, names in os.walk(path, onerror=errors.append) if not files else ():
         hidden = {name for name in [*folders, *names] if name.startswith(".")}
         linked = {name for name in folders if os.path.islink(os.path.join(directory, name))} - hidden
         others.update(["hidden"] * len(hidden) + ["linked folder"] * len(linked))
         folders[:] = set(folders) - hidden - linked  # a link may lead back
         files += [Path(directory, name) for name in names if name not in hidden]
+    if errors:  # a folder that may not be read
+        raise errors[0]
     good = sorted(file for file in files if kind_of(file)[0] in SUFFIXES and file.is_file())
     others.update(kind_of(file)[0] or "without a suffix" for file in set(files).difference(good))
     if not good:
         found = f", but {', '.join(others)}" if others else ""
         raise ValueError(f"dataset={str(path)!r}: no {', '.join(SUFFIXES)} file there{found}. {ALLOWED}")
     return good, others
-
-
-def raise_(error):
-    raise error
 
 
 def document_name(file, path) -> str:
@@ -398,7 +384,7 @@ def rows_of(file, name, text_field):
                 yield f"{name}:{i}", f"{file}, line {number}", lambda line=line: parsed(line)
     except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(
-            f"{file} cannot be read as {kind}{compression} ({error}): it is damaged or of another kind"
+            f"{file} cannot be read as {kind}{compression} ({error}): it is damaged or of another kind, mend or remove it"
         ) from None
 
 
@@ -422,7 +408,7 @@ def parsed(line: bytes):
     try:
         return json.loads(decoded(line))
     except json.JSONDecodeError as error:
-        raise ValueError(f"no valid JSON ({error.msg} at character {error.colno})") from None
+        raise ValueError(f"no valid JSON ({error.msg}: character {error.colno})") from None
 
 
 def readable(rows, text_field, lost):
@@ -457,8 +443,9 @@ def text_of(row, text_field: str) -> str:
                 f"no column {text_field!r}. The columns are {', '.join(columns_of(row)):.500}: choose one with text_field='...'"
             )
         value = value[key]
-    if isinstance(value, list) and value and all(map(is_message, value)):
-        value = "\n".join(message["content"] or "" for message in value)
+    if isinstance(value, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
+        contents = [m["content"] or "" for m in value]  # a message that calls a tool may have none
+        value = "\n".join(contents) if all(isinstance(content, str) for content in contents) else value
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -471,10 +458,6 @@ def text_of(row, text_field: str) -> str:
     return value
 
 
-def is_message(item) -> bool:
-    return isinstance(item, dict) and "role" in item and isinstance(item.get("content", 0), str | None)
-
-
 def columns_of(row: dict, above="") -> list[str]:
     """The names of a row's columns, those of nested fields with dots."""
     nested = [columns_of(v, f"{above}{k}.") if isinstance(v, dict) and v else [f"{above}{k}"] for k, v in row.items()]
@@ -484,18 +467,19 @@ def columns_of(row: dict, above="") -> list[str]:
 def hub_rows(dataset, config=""):
     """Yield (name of the document, place, function that returns the row) of a hub data set's split "train", or of its only split."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     name, _, revision = dataset.partition("@")
     find_on_hub(name, revision)
     try:
         streams = load_dataset(name, config or None, streaming=True, revision=revision or None)
-    except (ValueError, RuntimeError, OSError) as error:
+        if "train" not in streams and len(streams) > 1:
+            raise ValueError(f"it has no split 'train' but several others: {', '.join(streams)}")
+        for i, row in enumerate(streams["train"] if "train" in streams else next(iter(streams.values()))):
+            yield f"{name}:{i}", f"{dataset}, row {i + 1}", lambda row=row: row
+    except (ValueError, RuntimeError, OSError, DatasetsError) as error:
         reason = " ".join(str(error).split("Example of usage")[0].split())
-        raise ValueError(f"dataset={dataset!r}, config={config!r} cannot be opened: {reason}") from None
-    if "train" not in streams and len(streams) > 1:
-        raise ValueError(f"dataset={dataset!r} has no split 'train' but several others: {', '.join(streams)}")
-    for i, row in enumerate(streams["train"] if "train" in streams else next(iter(streams.values()))):
-        yield f"{name}:{i}", f"{dataset}, row {i + 1}", lambda row=row: row
+        raise ValueError(f"dataset={dataset!r}, config={config!r} cannot be read: {reason:.500}") from None
 
 
 def find_on_hub(name: str, revision: str = "") -> None:
@@ -503,14 +487,15 @@ def find_on_hub(name: str, revision: str = "") -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    hint = similar(name, Path(name))
     try:
         HfApi().dataset_info(name, revision=revision or None, timeout=HUB_SECONDS)
     except (HfHubHTTPError, HFValidationError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"dataset={name!r}: the hub gives no such data set ({reason:.200})") from None
+        raise FileNotFoundError(f"dataset={name!r}: the hub gives no such data set{hint} ({reason:.200})") from None
     except Exception as error:  # of whatever library speaks HTTP
         raise FileNotFoundError(
-            f"dataset={name!r} is no local path, and the hub is not reached ({error}). {ALLOWED}"
+            f"dataset={name!r} is no local path{hint}, and the hub is not reached ({error}). {ALLOWED}"
         ) from None
 
 
@@ -620,10 +605,6 @@ def write_shipped_rows() -> None:
     """Make the token rows that ship with the repository anew from the installed packages (for maintainers)."""
     from transformers import AutoTokenizer
 
-    if missing := left_out(MANIFEST, site_packages()):
-        raise ValueError(
-            f"{len(missing)} files of {BUILTIN} are missing or differ: install the exact versions of requirements.txt"
-        )
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / BUILTIN_MODEL)
     for file in ROWS.glob("*.npy"):
         file.unlink()
