@@ -97,7 +97,7 @@ def tokens(
     one_of("split", split, SPLITS)
     n_ctx, n_tokens, spread = whole("n_ctx", n_ctx, 2), whole("n_tokens", n_tokens, 0), whole("spread", spread)
     bos, deduplicate = flag("bos", bos), flag("deduplicate", deduplicate)
-    if not hasattr(tokenizer, "eos_token_id") or not hasattr(tokenizer, "get_vocab"):
+    if not all(hasattr(tokenizer, name) for name in ("eos_token_id", "get_vocab", "is_fast")):
         raise ValueError(
             f"tokenizer={tokenizer!r:.80} is not a tokenizer: pass lm.tokenizer, or transformers.AutoTokenizer.from_pretrained(name)"
         )
@@ -127,13 +127,13 @@ def tokens(
         texts = documents(dataset, split, text_field, config, deduplicate, lost)
         ids = token_stream(texts, tokenizer, lost)
         rows = pack(ids, n_ctx, n_rows, spread, tokenizer.bos_token_id if bos else None, dtype)
+        text = losses(lost)
         if not len(rows):
-            raise ValueError(
-                f"dataset={dataset!r}, split={split!r} holds {lost['tokens']} tokens: not one row of {n_ctx}"
-            )
-        if text := losses(lost):
+            held = f"dataset={dataset!r}, split={split!r} holds {lost['tokens']} tokens"
+            raise ValueError(f"{held}: not one row of {n_ctx}{text and '; '}{text}")
+        if text:
             with replacing(note) as file:
-                file.write_text(text, encoding="utf-8")
+                file.write_text(text, encoding="utf-8", errors="backslashreplace")
         with open(new, "wb") as f:
             np.save(f, rows)
 
@@ -146,7 +146,9 @@ def tokens(
     rows = open_array(path)
     if rows.ndim != 2 or rows.shape[1] != n_ctx or rows.dtype != dtype:
         raise ValueError(f"{path} holds {rows.dtype}{list(rows.shape)}, not {dtype.__name__}[rows, {n_ctx}]: delete it")
-    if lost := "; ".join(filter(None, [note.read_text(encoding="utf-8") if note.exists() else "", unread(local)])):
+    if lost := "; ".join(
+        filter(None, [note.read_text(encoding="utf-8", errors="replace") if note.exists() else "", unread(local)])
+    ):
         warnings.warn(f"dataset={dataset!r}: {lost}")
     if len(rows) < n_rows:
         warnings.warn(
@@ -331,7 +333,7 @@ def local_files(path) -> tuple[list[Path], Counter]:
         hidden = {name for name in [*folders, *names] if name.startswith(".")}
         linked = {name for name in folders if os.path.islink(os.path.join(directory, name))} - hidden
         others.update(["hidden"] * len(hidden) + ["linked folder"] * len(linked))
-        folders[:] = set(folders) - hidden - linked  # a link may lead back
+        folders[:] = set(folders) - hidden  # linked ones are not entered: they may lead back
         files += [Path(directory, name) for name in names if name not in hidden]
     if errors:  # a folder that may not be read
         raise errors[0]
@@ -500,7 +502,7 @@ def find_on_hub(name: str, revision: str = "") -> None:
 
 
 def name_hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def split_of(name: str) -> str:

@@ -309,6 +309,14 @@ def test_a_damaged_compressed_file_is_refused_by_path(suffix, words, tmp_path):
             tokens(tmp_path / f"x.jsonl{suffix}", words, 4)
 
 
+def test_a_file_whose_name_is_not_utf8_is_read_and_named(words, tmp_path):
+    lines = [json.dumps({"text": f"{text} a"}) for text in TEXTS] + ["{"]
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text("\n".join(lines))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"the first in .*/caf.*jsonl, line 41"):
+            assert tokens(str(tmp_path), words, 4).size
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_text("one", encoding="utf-8-sig")
     (tmp_path / "b.jsonl").write_text('\n{"text": "two"}', encoding="utf-8-sig")
