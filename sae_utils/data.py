@@ -288,7 +288,7 @@ def local_path(dataset) -> Path | None:
             return path
     except (OSError, RuntimeError) as error:  # a name too long, no permission, no home
         raise FileNotFoundError(f"dataset={dataset!r:.80}: {getattr(error, 'strerror', error)}. {ALLOWED}") from None
-    hint = similar(dataset, path)
+    hint = similar(path)
     if kind_of(path)[0] in SUFFIXES or path.is_absolute() or dataset.startswith(".") or len(path.parts) != 2:
         raise FileNotFoundError(f"dataset={dataset!r}: no such file or directory{hint}. {ALLOWED}")
     if offline():
@@ -304,10 +304,10 @@ ALLOWED = (
 )
 
 
-def similar(dataset, path) -> str:
-    """A hint at the built-in corpus or a local path whose name is near."""
+def similar(path) -> str:
+    """A hint at the built-in corpus or a file or folder beside the path whose name is near."""
     beside = itertools.islice(path.parent.iterdir(), 1000) if path.parent.is_dir() else ()
-    return near(dataset, [BUILTIN, *sorted(str(other) for other in beside if not other.name.startswith("."))])
+    return near(path.name, [BUILTIN, *sorted(other.name for other in beside if not other.name.startswith("."))])
 
 
 def kind_of(file) -> tuple[str, str]:
@@ -381,8 +381,9 @@ def rows_of(file, name, text_field):
                 content = f.read()
                 yield name, file, lambda: {text_field: decoded(content).replace("\r\n", "\n").replace("\r", "\n")}
                 return
-            lines = ((i, line) for i, line in enumerate(f, 1) if line.strip(b" \t\r\n\xef\xbb\xbf"))
-            for i, (number, line) in enumerate(lines):
+            lines = itertools.chain.from_iterable(line.rstrip(b"\r\n").split(b"\r") for line in f)
+            full = ((number, line) for number, line in enumerate(lines, 1) if line.strip(b" \t\xef\xbb\xbf"))
+            for i, (number, line) in enumerate(full):
                 yield f"{name}:{i}", f"{file}, line {number}", lambda line=line: parsed(line)
     except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(
@@ -489,7 +490,7 @@ def find_on_hub(name: str, revision: str = "") -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    hint = similar(name, Path(name))
+    hint = similar(Path(name))
     try:
         HfApi().dataset_info(name, revision=revision or None, timeout=HUB_SECONDS)
     except (HfHubHTTPError, HFValidationError) as error:

@@ -326,8 +326,11 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 def test_jsonl_lines_end_at_newlines_only(tmp_path):
     """JSON allows U+2028 and U+0085 inside a string; str.splitlines would cut there."""
     text = "one\u2028two\u0085three"
-    path = write_jsonl(tmp_path / "x.jsonl", [text])
-    assert [t for _, t in data.read_local(Path(path), "text")] == [text]
+    path = Path(write_jsonl(tmp_path / "x.jsonl", [text, "four"]))
+    content = path.read_bytes()
+    for newline in (b"\n", b"\r\n", b"\r"):
+        path.write_bytes(content.replace(b"\n", newline))
+        assert [t for _, t in data.read_local(path, "text")] == [text, "four"]
 
 
 def test_text_field(words, tmp_path):
@@ -723,9 +726,11 @@ def test_a_name_near_a_local_one_is_answered_at_once(words, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "offline", lambda: False)
     monkeypatch.setattr(data, "find_on_hub", lambda *_: pytest.fail("the hub was asked"))
-    for wrong, right in (("texs", "texts"), ("texs.TXT", "texts"), (f"{tmp_path}/texs", f"{tmp_path}/texts")):
-        with pytest.raises(FileNotFoundError, match=f"no such file or directory .did you mean '{right}'"):
+    for wrong in ("texs", "texs.TXT", f"{tmp_path}/texs"):
+        with pytest.raises(FileNotFoundError, match="no such file or directory .did you mean 'texts'"):
             corpus_hash(wrong)
+    with pytest.raises(FileNotFoundError, match="no such file or directory. Allowed"):
+        corpus_hash(f"{tmp_path}/other")
 
 
 @pytest.mark.parametrize("value", ["0", "", "false", "no"])
