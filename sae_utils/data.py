@@ -329,7 +329,7 @@ COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open
 def local_files(path) -> tuple[list[Path], Counter]:
     """The files to read, sorted, and a count of what is not read: other suffixes, hidden entries, linked folders."""
     files, others, errors = [path] if path.is_file() else [], Counter(), []
-    for directory, folders, names in os.walk(path, onerror=errors.append) if not files else ():
+    for directory, folders, names in os.walk(path, onerror=errors.append) if path.is_dir() else ():
         hidden = {name for name in [*folders, *names] if name.startswith(".")}
         linked = {name for name in folders if os.path.islink(os.path.join(directory, name))} - hidden
         others.update(["hidden"] * len(hidden) + ["linked folder"] * len(linked))

@@ -387,7 +387,7 @@ def all_texts(dataset, **options):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "cut of', "line 18: no valid JSON .Invalid control character at: character 17"),
+        (b'{"text": "cut of', "line 18: no valid JSON .Unterminated string starting at: character 10"),
         (b'{"meta": 1}', "line 18: no column 'text'. The columns are meta: choose one with text_field="),
         (b'{"text": 3}', "line 18: column 'text' holds int, not text"),
         (b'["text"]', "line 18: the row is a list"),
