@@ -29,6 +29,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import sysconfig
 import warnings
 import zlib
@@ -614,7 +615,7 @@ def write_shipped_rows() -> None:
     ROWS.mkdir(exist_ok=True)
     for split, n_tokens, spread in SHIPPED:
         rows = tokens(BUILTIN, tokenizer, 256, n_tokens, split, spread=spread)
-        np.save(shipped_rows(tokenizer_hash(tokenizer), 256, n_tokens, split, False, spread), rows)
+        shutil.copyfile(rows.filename, shipped_rows(tokenizer_hash(tokenizer), 256, n_tokens, split, False, spread))
 
 
 def write_builtin_manifest() -> None:
