@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .files import ASSETS, MODEL_FILES, TOKENIZERS, check_formats, conversion, offline, read_json, verify
+from .files import ASSETS, MODEL_FILES, TOKENIZERS, check_formats, conversion, model_files, offline, read_json, verify
 from .files import BUILTIN_MODEL as BUILTIN
 from .values import near
 
@@ -132,35 +132,32 @@ def check_files(directory: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     check_formats(directory)
-    config = read_json(directory / "config.json")
-    if config.get("transformers_weights"):
-        raise ValueError(
-            f"{directory / 'config.json'} names weights of its own (transformers_weights): remove that entry"
-        )
-    index = directory / "model.safetensors.index.json"
-    shards = {"model.safetensors": None}
-    if not (directory / "model.safetensors").exists():
-        if not index.exists():
+    files = {file.name: file for file in model_files(directory)}
+    parsed = {name: read_json(file) for name, file in files.items() if file.suffix == ".json"}
+    if "transformers_weights" in parsed["config.json"]:
+        raise ValueError(f"{files['config.json']} names weights of its own (transformers_weights): remove that entry")
+    index = "model.safetensors.index.json"
+    shards = {"model.safetensors": set()}
+    if "model.safetensors" not in files:
+        if index not in files:
             raise ValueError(
                 f"{directory}: no model.safetensors, nor an index of shards; save the model there (save_pretrained)"
             )
         shards = {}
-        for tensor, shard in read_json(index).get("weight_map", {}).items():
+        for tensor, shard in parsed[index].get("weight_map", {}).items():
             shards.setdefault(shard, set()).add(tensor)
     for shard, tensors in shards.items():
-        if not (directory / shard).exists():
-            raise ValueError(f"{directory / shard} is missing, and {index.name} names it: fetch the model again")
+        if shard not in files:
+            raise ValueError(f"{directory / shard} is missing, and {index} names it: fetch the model again")
         try:
-            with safe_open(directory / shard, "pt") as file:
-                lost = (tensors or set()) - set(file.keys())
+            with safe_open(files[shard], "pt") as file:
+                lost = tensors - set(file.keys())
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{directory / shard} is truncated or no safetensors file ({error}): fetch it again"
+                f"{files[shard]} is truncated or no safetensors file ({error}): fetch the model again"
             ) from None
         if lost:
-            raise ValueError(
-                f"{directory / shard} has no tensor {min(lost)!r}, which {index.name} says: it is another model's"
-            )
+            raise ValueError(f"{files[shard]} has no tensor {min(lost)!r}, which {index} says: it is another model's")
     if not any(file for pattern in TOKENIZERS for file in directory.glob(pattern)):
         raise ValueError(f"no tokenizer in {directory}: save one there (tokenizer.save_pretrained)")
     verify(directory)
@@ -233,15 +230,13 @@ class WrongWeights(ValueError):
 
 def check_weights(model, loading: dict, directory: str) -> None:
     """Raise WrongWeights that names a tensor that is missing, of another shape, or not finite; warn of tensors that are not used."""
-    said = {
-        "missing_keys": "has no tensor",
-        "mismatched_keys": "does not fit config.json in",
-    }
-    for key, what in said.items():
-        if found := sorted(map(str, loading[key])):
-            raise WrongWeights(
-                f"{directory}: the weights {what} {found[0]} ({len(found)} in all): they are another model's"
-            )
+    wrong = [f"have no tensor {name}" for name in sorted(loading["missing_keys"])]
+    wrong += [
+        f"do not fit config.json in {name}, {list(there)} and not {list(wanted)}"
+        for name, there, wanted in sorted(loading["mismatched_keys"])
+    ]
+    if wrong:
+        raise WrongWeights(f"{directory}: the weights {wrong[0]} ({len(wrong)} such in all): they are another model's")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
             raise WrongWeights(
