@@ -18,13 +18,22 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .files import ASSETS, MODEL_FILES, TOKENIZERS, check_formats, conversion, model_files, offline, read_json, verify
 from .files import BUILTIN_MODEL as BUILTIN
+from .files import (
+    MODEL_FILES,
+    TOKENIZERS,
+    check_formats,
+    conversion,
+    find_model,
+    model_files,
+    no_model,
+    offline,
+    read_json,
+    verify,
+)
 from .values import near
 
 HUB_SECONDS = 5  # how long the hub may take to answer whether it has a model
-
-
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -61,33 +70,12 @@ def resolve_dtype(dtype) -> torch.dtype:
 def model_path(model: str) -> str:
     """The directory of a model: the built-in one, a local one, or where the hub's files are once they have been fetched.
 
-    Raises FileNotFoundError, which says whether the directory, the hub's model or the network is missing; before the network is
-    asked, a bare word is compared with the built-in name and the directories there are.
+    Raises FileNotFoundError, which says whether the directory, the hub's model or the network is missing.
     """
-    if not isinstance(model, str | Path) or not str(model):
-        raise ValueError(f"model={model!r}: it has to be {BUILTIN!r}, a directory, or a hub name")
-    path = ASSETS / BUILTIN if model == BUILTIN else Path(model).expanduser()
-    if model == BUILTIN or path.is_dir():
-        if not (path / "config.json").exists():
-            raise FileNotFoundError(f"model={model!r}: no config.json in {path}; it has to be a Hugging Face directory")
-        return str(path.resolve())
-    model, parent = str(model), path.parent
-    here = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
-    guess = near(path.name, [BUILTIN, *here] if parent == Path(".") else here)
-    if path.exists():
-        reason = "it is a file, not a directory"
-    elif path.is_absolute() or model.startswith(".") or len(path.parts) > 2:
-        reason = f"no such directory{guess}"
-    elif not (
-        difflib.get_close_matches(path.name, [BUILTIN, *here], 1, 0.8) and len(path.parts) == 1 and "@" not in model
-    ):
-        return hub_directory(model, guess)
-    else:
-        reason = f"no such directory{guess}; if you mean a model of the hub, name its organisation too"
-    raise FileNotFoundError(f"model={model!r}: {reason}. Allowed: {BUILTIN!r}, a Hugging Face directory, a hub name.")
+    return str(find_model(model) or hub_directory(str(model)))
 
 
-def hub_directory(model: str, guess: str = "") -> str:
+def hub_directory(model: str) -> str:
     """The directory in the hub cache with the files of a hub model, `name` or `name@revision`; fetched if they are not there."""
     from huggingface_hub import HfApi, errors, snapshot_download
 
@@ -98,19 +86,12 @@ def hub_directory(model: str, guess: str = "") -> str:
             files = HfApi().model_info(**wanted, timeout=HUB_SECONDS).siblings or []
             if not any(file.rfilename.startswith("model.safetensors") for file in files):
                 raise ValueError(
-                    f"model={model!r}: the hub has no safetensors of it, and no other format is loaded. {conversion(name)}"
+                    f"model={model!r}: the hub has no safetensors of it, and nothing else is loaded. {conversion(name)}"
                 )
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-            gated = isinstance(error, errors.GatedRepoError)
-            reason = (
-                "asks you to log in and accept its terms first (hf auth login)"
-                if gated
-                else "does not have it, or it is private"
-            )
-            raise FileNotFoundError(
-                f"model={model!r}: no such directory{guess}, and the hub {reason}. Allowed: {BUILTIN!r}, a Hugging Face directory, "
-                f"a hub name with its organisation, such as 'openai-community/gpt2'."
-            ) from None
+            gated = "asks you to log in and accept its terms first (hf auth login)"
+            reason = gated if isinstance(error, errors.GatedRepoError) else "does not have it, or it is private"
+            raise no_model(model, f"no such directory, and the hub {reason}") from None
         except (OSError, errors.HTTPError) as error:
             unreachable = f"the hub cannot be reached ({type(error).__name__})"
     try:
@@ -121,10 +102,8 @@ def hub_directory(model: str, guess: str = "") -> str:
             local_files_only=bool(unreachable),
         )
     except errors.LocalEntryNotFoundError:
-        raise FileNotFoundError(
-            f"model={model!r}: no such directory{guess}; {unreachable or 'the download broke off'}, and the hub cache does not hold "
-            f"it. Allowed: {BUILTIN!r}, a Hugging Face directory, a hub name."
-        ) from None
+        reason = f"no such directory; {unreachable or 'the download broke off'}, and the hub cache does not hold it"
+        raise no_model(model, reason) from None
 
 
 def check_files(directory: Path) -> None:
@@ -196,9 +175,9 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
             reference, _ = AutoModelForCausalLM.from_pretrained(
                 name, **kwargs | safely | {"attn_implementation": None, "config": None}
             )
-        tokens = torch.arange(8)[None] % model.get_input_embeddings().num_embeddings
+        tokens = torch.arange(8, device=device)[None] % model.get_input_embeddings().num_embeddings
         with torch.no_grad():
-            raw.append(reference.eval()(tokens[:, :-1]).logits)
+            raw.append(reference.eval().to(device)(tokens[:, :-1]).logits)
         return model
 
     try:
@@ -207,9 +186,9 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
         )
         lm.eval().requires_grad_(False)
         with torch.no_grad():
-            same = agree(lm(few_tokens(lm))[:, :-1].cpu(), raw[0])
-    except WrongWeights as error:
-        raise ValueError(str(error)) from None
+            same = agree(lm(few_tokens(lm))[:, :-1], raw[0])
+    except (WrongWeights, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever the two libraries raise for a family or a file that they do not know
         first = str(error).strip().partition("\n")[0]
         raise ValueError(
@@ -243,7 +222,7 @@ def check_weights(model, loading: dict, directory: str) -> None:
                 f"{directory}: {name} holds NaN or infinity as {str(parameter.dtype).removeprefix('torch.')}: the weights are "
                 f"damaged, or need another dtype"
             )
-    if unused := sorted(loading["unexpected_keys"]):
+    if unused := sorted(name for name in loading["unexpected_keys"] if name.endswith("weight")):  # not old masks
         warnings.warn(
             f"{directory}: {len(unused)} tensors of the weights have no place in config.json, such as {unused[0]}"
         )
