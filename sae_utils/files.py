@@ -190,7 +190,7 @@ def verify(directory: Path) -> None:
     where large files are named by their hash. A directory without either is not verified. Once per process and file."""
     sums = directory / "SHA256SUMS"
     if sums.exists():
-        lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in sums.read_text().splitlines()]
+        lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line) for line in sums.read_text().splitlines()]
         if not all(lines):
             raise ValueError(f"{sums} has a line that sha256sum does not write: write it anew, or delete it")
         wanted = {line[2]: line[1] for line in lines if line[2] != sums.name}

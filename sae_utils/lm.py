@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,14 +192,15 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
         raise
     except Exception as error:  # whatever the two libraries raise for a family or a file that they do not know
         first = str(error).strip().partition("\n")[0]
+        family = read_json(Path(directory) / "config.json").get("model_type")
         raise ValueError(
-            f"model={model!r}: TransformerLens cannot run it ({type(error).__name__}: {first[:300]}). Use a model of another "
-            f"family, such as GPT-2, Llama, Qwen, GPT-NeoX, Gemma or OPT"
+            f"model={model!r}: TransformerLens {version('transformer-lens')} cannot run it (family {family!r}; "
+            f"{type(error).__name__}: {first[:160]}). Use another family, such as GPT-2, Llama, Qwen, GPT-NeoX, Gemma or OPT"
         ) from error
     if not same:
         raise ValueError(
             f"model={model!r}: on the same tokens, its logits in TransformerLens are not those of transformers, or they depend on "
-            f"later tokens. Nothing can be measured on it: use a model of another family"
+            f"later tokens. Nothing can be measured on it: use another family, such as GPT-2, Llama, Qwen or GPT-NeoX"
         )
     return lm
 
@@ -263,10 +265,13 @@ def check_hook(lm, hook_name: str) -> None:
     tokens = few_tokens(lm).expand(2, -1)
     with torch.no_grad():
         clean, x = lm(tokens), run_prefix(lm, tokens, [hook_name])[hook_name]
+        if not clean.isfinite().all():  # nothing to compare: whoever runs the model says where it is not finite
+            checked[hook_name] = 0
+            return
         noise = torch.arange(x.numel(), device=x.device).sin().view(x.shape)
         other = x + (noise * (x.float().std() or 1)).to(x.dtype)
         whole = splice(lm, tokens, hook_name, lambda _: other)
-        if not agree(splice(lm, tokens, hook_name, lambda x: x.clone()), clean) or agree(whole, clean):
+        if not agree(splice(lm, tokens, hook_name, lambda x: x.clone()), clean) or torch.equal(whole, clean):
             raise ValueError(
                 f"hook_name={hook_name!r}: what is put there does not reach the logits of this model as it should, so "
                 f"nothing can be measured there. Use another hook, such as blocks.0.hook_resid_post"
@@ -281,7 +286,7 @@ def check_hook(lm, hook_name: str) -> None:
             ValueError,
             RuntimeError,
             AttributeError,
-        ):  # the family's own way with a layer's output
+        ):  # a family with outputs of its own kind
             exact = False
         if not exact:
             warnings.warn(f"{hook_name}: this model needs its early layers, so every splice there runs all of them")
@@ -294,8 +299,8 @@ def few_tokens(lm) -> Tensor:
 
 
 def agree(logits: Tensor, expected: Tensor) -> bool:
-    """Whether two logits are equal but for rounding: relative to the largest, 1e-4, or 0.05 in half precision."""
-    tolerance = 0.05 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    """Whether two logits are equal but for rounding: relative to the largest, 1e-3, or 0.05 in half precision."""
+    tolerance = 0.05 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-3
     return bool((logits.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
 
 
@@ -456,6 +461,4 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 
 def versions() -> dict[str, str]:
     """Versions a reader needs to compare numbers."""
-    from importlib.metadata import version
-
     return {"python": sys.version.split()[0]} | {p: version(p) for p in ("torch", "transformer-lens", "transformers")}

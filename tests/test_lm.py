@@ -229,7 +229,7 @@ def test_every_family_is_spliced_as_transformers_would(name, model_directories, 
     clean = lm(text)
     torch.testing.assert_close(clean, raw(text).logits, atol=1e-5, rtol=1e-5)
     noise = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(0))
-    for i in range(3):
+    for i in (1, 2):
         kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")
         hooks = {kind: f"blocks.{i}.hook_{kind}" for kind in kinds}
         x = dict(zip(kinds, run_prefix(lm, text, list(hooks.values())).values()))
@@ -323,7 +323,7 @@ def test_a_family_that_needs_its_early_layers_runs_them_all(model_directories, t
         ("falcon_alibi", "its logits in TransformerLens are not those of transformers"),
         (
             "falcon_grouped",
-            r"TransformerLens cannot run it \(RuntimeError: split_with_sizes.*Use a model of another family",
+            r"TransformerLens \S+ cannot run it \(family 'falcon'; RuntimeError: split_with_sizes.*Use another family",
         ),
     ],
 )
@@ -732,7 +732,7 @@ def damage(directory, kind):
         ("no tokenizer", r"no tokenizer in .*/model: save one there \(tokenizer\.save_pretrained\)"),
         ("tokenizer", r"model/tokenizer\.json is not valid JSON"),
         ("config", r"model/config\.json is not valid JSON"),
-        ("family", "model='.*model': TransformerLens cannot run it .*gpt99"),
+        ("family", r"model='.*model': TransformerLens \S+ cannot run it \(family 'gpt99'; "),
         (
             "missing shard",
             r"model-00002-of-00002\.safetensors is missing, and model\.safetensors\.index\.json names it",
