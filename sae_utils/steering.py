@@ -5,6 +5,7 @@ hook run, in generation every step runs on the new tokens alone (Hugging Face's 
 outlier in most models, is left alone by default. The steering formula of arXiv 2411.10397 is not known; what is here is ours.
 """
 
+import contextlib
 import re
 
 import numpy as np
@@ -76,7 +77,7 @@ class SetLatent:
 
 def check_latents(sae, latents) -> Tensor:
     """Indices as a tensor [n]; ValueError for one outside the dictionary, or of a latent that was dead at the end of training."""
-    latents = indices("latent", latents, sae.d_sae, "this SAE").to(sae.W_dec.device)
+    latents = indices("latents", latents, sae.d_sae, "this SAE").to(sae.W_dec.device)
     dead = latents[sae.dead()[latents]]
     if len(dead):
         raise ValueError(
@@ -85,10 +86,10 @@ def check_latents(sae, latents) -> Tensor:
     return latents
 
 
-def check_positions(positions, n_ctx: int) -> Tensor:
-    """A mask [n_ctx] of the positions to steer: those named, or all but the first; ValueError for one outside the context."""
+def check_positions(positions, n_ctx: int, name: str = "positions") -> Tensor:
+    """A mask [n_ctx] of the positions named, or of all but the first; ValueError for one outside the context, or for none."""
     mask = torch.zeros(n_ctx, dtype=torch.bool)
-    mask[indices("position", range(1, n_ctx) if positions is None else positions, n_ctx, "the context")] = True
+    mask[indices(name, range(1, n_ctx) if positions is None else positions, n_ctx, "the context")] = True
     return mask
 
 
@@ -100,9 +101,9 @@ def indices(name: str, values, n: int, where: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         integer = False
     if not integer:
-        raise ValueError(f"{name}s={values!r}: they have to be whole numbers from 0 to {n - 1}, at least one")
+        raise ValueError(f"{name}={values!r}: they have to be whole numbers from 0 to {n - 1}, at least one")
     if len(outside := found[(found < 0) | (found >= n)]):
-        raise ValueError(f"{name} {int(outside[0])} is outside {where}: allowed are 0 to {n - 1}")
+        raise ValueError(f"{name}: {int(outside[0])} is outside {where}; allowed are 0 to {n - 1}")
     return found.long()
 
 
@@ -136,7 +137,7 @@ def steer(lm, rows, hook_name: str, edit, positions=None, at=None, at_once: int 
         raise ValueError(f"rows hold contexts for {len(rows)} interventions, but there are {len(edit)}")
     n_contexts, n_ctx = rows.shape[1:]
     mask = check_positions(positions, n_ctx).to(rows.device)
-    at = check_positions(at, n_ctx).to(rows.device)
+    at = check_positions(at, n_ctx, "at").to(rows.device)
     entries = n_contexts * max(int(at.sum()) * lm.cfg.d_vocab, n_ctx * lm.cfg.d_model * 8)
     shared = None
     for start in range(0, len(edit), max(1, at_once // entries)):
@@ -171,7 +172,8 @@ def direct_logits(lm, directions: Tensor) -> Tensor:
 
     LN(d) W_U − LN(0) W_U: the biases drop out, and the scale is that of a residual stream which is d alone.
     """
-    direct = lm.unembed(lm.ln_final(directions[None])) - lm.unembed(lm.ln_final(torch.zeros_like(directions[None, :1])))
+    norm = getattr(lm, "ln_final", torch.nn.Identity())  # GPT-1 has none
+    direct = lm.unembed(norm(directions[None])) - lm.unembed(norm(torch.zeros_like(directions[None, :1])))
     return direct[0].float()
 
 
@@ -231,7 +233,7 @@ def effects(
 
 def check_targets(targets, n: int, d_vocab: int) -> Tensor:
     """Tokens [n, n_targets], a row for each intervention; ValueError for others."""
-    flat, shape = indices("target", targets, d_vocab, "the vocabulary"), torch.as_tensor(targets).shape
+    flat, shape = indices("targets", targets, d_vocab, "the vocabulary"), torch.as_tensor(targets).shape
     if len(shape) != 2 or shape[0] != n:
         raise ValueError(
             f"targets have shape {list(shape)}: they have to be [{n}, n_targets], a row for each intervention"
@@ -330,18 +332,13 @@ def cache_is_exact(lm) -> bool:
 
     if "cache_is_exact" not in vars(lm):
         tokens, cache = few_tokens(lm), DynamicCache()
-        first, rest = tokens.split([tokens.shape[1] // 2, tokens.shape[1] - tokens.shape[1] // 2], 1)
-        try:
+        first, rest = tokens.tensor_split(2, 1)
+        lm.cache_is_exact = False
+        with contextlib.suppress(
+            AttributeError, IndexError, RuntimeError, TypeError, ValueError
+        ):  # a cache of its own kind
             logits = torch.cat([lm(part, past_key_values=cache, use_cache=True) for part in (first, rest)], 1)
             lm.cache_is_exact = agree(logits, lm(tokens))
-        except (
-            AttributeError,
-            IndexError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ):  # a family with a cache of its own kind
-            lm.cache_is_exact = False
     return lm.cache_is_exact
 
 

@@ -313,6 +313,8 @@ def test_a_family_that_needs_its_early_layers_runs_them_all(model_directories, t
     assert torch.equal(run_spliced(lm, text, hook, 0 * x), run_spliced(lm, text, hook, lambda x: 0 * x))
     push = Add(2 * torch.ones(1, 16))
     assert torch.equal(*(generate(lm, text, 6, hook, push, cached=cached) for cached in (True, False)))
+    direct = push.directions @ lm.unembed.original_component.weight.T
+    torch.testing.assert_close(direct_logits(lm, push.directions), direct)
     with pytest.raises(ValueError, match="'blocks.1.hook_resid_post' does not give one vector for each token"):
         check_hook(lm, "blocks.1.hook_resid_post")
 

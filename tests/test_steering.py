@@ -94,18 +94,18 @@ def test_a_latent_is_set_with_the_error_kept_or_dropped(sae):
 
 
 def test_what_cannot_be_steered_is_said(tiny_gpt2, rows, sae):
-    with pytest.raises(ValueError, match="latent 40 is outside this SAE: allowed are 0 to 39"):
+    with pytest.raises(ValueError, match="latents: 40 is outside this SAE; allowed are 0 to 39"):
         SetLatent(sae, [3, 40])
     sae.tokens_since_fired[5], sae.dead_after = 100, 50
     with pytest.raises(ValueError, match="latent 5 is dead"):
         SetLatent(sae, [4, 5])
-    with pytest.raises(ValueError, match="position 10 is outside the context: allowed are 0 to 9"):
+    with pytest.raises(ValueError, match="positions: 10 is outside the context; allowed are 0 to 9"):
         next(steer(tiny_gpt2, rows, HOOK, Add(torch.ones(1, 16)), positions=[10]))
-    with pytest.raises(ValueError, match="position -1 is outside the context: allowed are 0 to 9"):
+    with pytest.raises(ValueError, match="at: -1 is outside the context; allowed are 0 to 9"):
         effects(tiny_gpt2, rows, HOOK, Add(torch.ones(1, 16)), torch.tensor([[5]]), at=[-1])
-    with pytest.raises(ValueError, match="position 12 is outside the context: allowed are 0 to 11"):
+    with pytest.raises(ValueError, match="positions: 12 is outside the context; allowed are 0 to 11"):
         generate(tiny_gpt2, rows, 2, HOOK, Add(torch.ones(1, 16)), positions=[12])
-    with pytest.raises(ValueError, match="latent -1 is outside this SAE: allowed are 0 to 39"):
+    with pytest.raises(ValueError, match="latents: -1 is outside this SAE; allowed are 0 to 39"):
         SetLatent(sae, [-1])
     with pytest.raises(ValueError, match="more than the model's context of 32"):
         generate(tiny_gpt2, rows, 23, HOOK, Add(torch.ones(1, 16)))
@@ -132,12 +132,12 @@ TARGET = torch.tensor([[5]])
         (lambda lm, rows, sae: next(steer(lm, rows, HOOK, Add(torch.ones(1, 1)))), "1 wide, and x at this hook is 16 wide"),
         (lambda lm, rows, sae: next(steer(lm, rows, HOOK, Add(ONE), positions=[])), r"positions=\[\]"),
         (lambda lm, rows, sae: next(steer(lm, rows, HOOK, Add(ONE), positions=[1.5])), r"positions=\[1.5\]"),
-        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), TARGET, at=[]), r"positions=\[\]"),
-        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), torch.tensor([[300]])), "target 300 is outside the vocab"),
-        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), torch.tensor([[-1]])), "target -1 is outside the vocab"),
+        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), TARGET, at=[]), r"at=\[\]"),
+        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), torch.tensor([[300]])), "targets: 300 is outside the vocab"),
+        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), torch.tensor([[-1]])), "targets: -1 is outside the vocab"),
         (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), torch.tensor([5])), r"targets have shape \[1\]"),
-        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), TARGET, also={"a": TARGET + 300}), "target 305"),
-        (lambda lm, rows, sae: latent_effects(lm, rows, HOOK, ONE, 1.0, tokens=torch.tensor([300])), "target 300"),
+        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), TARGET, also={"a": TARGET + 300}), "targets: 305"),
+        (lambda lm, rows, sae: latent_effects(lm, rows, HOOK, ONE, 1.0, tokens=torch.tensor([300])), "targets: 300"),
         (lambda lm, rows, sae: latent_effects(lm, rows, HOOK, ONE, float("nan")), "norm=nan"),
         (lambda lm, rows, sae: next(steer(lm, rows + 300, HOOK, Add(ONE))), "another tokenizer's"),
         (lambda lm, rows, sae: next(steer(lm, rows[0], HOOK, Add(ONE))), "rows are int64 .*tokens .contexts, n_ctx"),
