@@ -114,9 +114,12 @@ def check_files(directory: Path) -> None:
     check_formats(directory)
     files = {file.name: file for file in model_files(directory)}
     parsed = {name: read_json(file) for name, file in files.items() if file.suffix == ".json"}
+    index = "model.safetensors.index.json"
+    for name in {"config.json", index} & set(parsed):
+        if not isinstance(parsed[name], dict):
+            raise ValueError(f"{files[name]} holds a {type(parsed[name]).__name__} and no settings: it is damaged")
     if "transformers_weights" in parsed["config.json"]:
         raise ValueError(f"{files['config.json']} names weights of its own (transformers_weights): remove that entry")
-    index = "model.safetensors.index.json"
     shards = {"model.safetensors": set()}
     if "model.safetensors" not in files:
         if index not in files:

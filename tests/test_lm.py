@@ -427,7 +427,7 @@ def test_a_loaded_model_is_frozen_and_has_its_tokenizer(lm, tokenizer):
 @pytest.fixture
 def network(monkeypatch):
     """Addresses that were asked for; none is reached."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     asked = []
 
@@ -514,7 +514,7 @@ def hub(monkeypatch, tmp_path):
     import http.server
     import threading
 
-    import huggingface_hub
+    import huggingface_hub.constants
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -689,6 +689,8 @@ def damage(directory, kind):
         (directory / "tokenizer.json").write_text("{")
     elif kind == "config":
         (directory / "config.json").write_text("{")
+    elif kind == "no settings":
+        (directory / "config.json").write_text("[]")
     elif kind == "family":
         (directory / "config.json").write_text('{"model_type": "gpt99"}')
     elif kind == "missing shard":
@@ -734,6 +736,7 @@ def damage(directory, kind):
         ("no tokenizer", r"no tokenizer in .*/model: save one there \(tokenizer\.save_pretrained\)"),
         ("tokenizer", r"model/tokenizer\.json is not valid JSON"),
         ("config", r"model/config\.json is not valid JSON"),
+        ("no settings", r"model/config\.json holds a list and no settings"),
         ("family", r"model='.*model': TransformerLens \S+ cannot run it \(family 'gpt99'; "),
         (
             "missing shard",
