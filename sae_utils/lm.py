@@ -196,9 +196,11 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
     except Exception as error:  # whatever the two libraries raise for a family or a file that they do not know
         first = str(error).strip().partition("\n")[0]
         family = read_json(Path(directory) / "config.json").get("model_type")
+        other = "" if dtype == torch.float32 else "dtype='float32', or "
         raise ValueError(
             f"model={model!r}: TransformerLens {version('transformer-lens')} cannot run it (family {family!r}; "
-            f"{type(error).__name__}: {first[:160]}). Use another family, such as GPT-2, Llama, Qwen, GPT-NeoX, Gemma or OPT"
+            f"{type(error).__name__}: {first[:160]}). Use {other}another "
+            f"family, such as GPT-2, Llama, Qwen, GPT-NeoX, Gemma or OPT"
         ) from error
     if not same:
         raise ValueError(

@@ -320,18 +320,20 @@ def test_a_family_that_needs_its_early_layers_runs_them_all(model_directories, t
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "dtype", "message"),
     [
-        ("falcon_alibi", "its logits in TransformerLens are not those of transformers"),
+        ("falcon_alibi", "float32", "its logits in TransformerLens are not those of transformers"),
         (
             "falcon_grouped",
-            r"TransformerLens \S+ cannot run it \(family 'falcon'; RuntimeError: split_with_sizes.*Use another family",
+            "float32",
+            r"TransformerLens \S+ cannot run it \(family 'falcon'; RuntimeError: split.*Use another",
         ),
+        ("codegen", "bfloat16", "cannot run it .*same dtype.*Use dtype='float32', or another family"),
     ],
 )
-def test_a_family_that_transformer_lens_runs_otherwise_is_refused(name, message, model_directories):
+def test_a_family_that_transformer_lens_runs_otherwise_is_refused(name, dtype, message, model_directories):
     with pytest.raises(ValueError, match=message):
-        load_language_model(str(model_directories[name]), device="cpu")
+        load_language_model(str(model_directories[name]), device="cpu", dtype=dtype)
 
 
 def test_a_hook_whose_value_the_model_does_not_use_is_refused_before_any_harvest(tiny_llama, text):
