@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .activations import weights_hash
-from .lm import AllFound, check_hook, later_layers, run_spliced
+from .lm import AllFound, check_hook, check_tokens, later_layers, splice
 from .losses import batch_fvu, reconstruction_loss
 
 AT_ONCE = 2**24  # entries of [tokens, d_vocab] that exist at a time: 64 MiB in fp32
@@ -85,7 +85,8 @@ class Suffix:
             return name, hook_function
 
         with contextlib.suppress(AllFound):
-            run_spliced(self.lm, tokens, self.hook_name, x, hooks=[keep(name) for name in [*hooks, "unembed.hook_in"]])
+            hooks = [keep(name) for name in [*hooks, "unembed.hook_in"]]
+            splice(self.lm, tokens, self.hook_name, x, hooks, self.lm.idle_blocks[self.hook_name])
         return found.pop("unembed.hook_in").flatten(0, 1), found
 
     @torch.no_grad()
@@ -98,6 +99,7 @@ class Suffix:
                 f"`tokens`, which store.batches(n_rows, whole_rows=True) gives"
             )
         if self.kept is None or self.kept.x is not x:
+            check_tokens(self.lm, tokens)
             tokens = tokens.to(x.device)
             last, later = self.run(tokens, x, self.later)
             small = len(last) * self.lm.cfg.d_vocab <= KEPT

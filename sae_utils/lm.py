@@ -11,71 +11,228 @@ import functools
 import math
 import re
 import sys
+import warnings
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from .files import ASSETS, offline
 from .files import BUILTIN_MODEL as BUILTIN
+from .files import (
+    MODEL_FILES,
+    TOKENIZERS,
+    check_formats,
+    conversion,
+    find_model,
+    model_files,
+    no_model,
+    offline,
+    read_json,
+    verify,
+)
+from .values import near
+
+HUB_SECONDS = 5  # how long the hub may take to answer whether it has a model
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def resolve_device(device: str = "auto") -> str:
-    """`"auto"` is CUDA, then MPS, then CPU; a device that is not there is an error."""
+    """`"auto"` is CUDA, then MPS, then CPU; a device that is not there is a ValueError."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = torch.device(device).type
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: this torch sees no CUDA GPU. Allowed here: 'auto', 'cpu'.")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device={device!r}: this torch sees no Apple GPU. Allowed here: 'auto', 'cpu'.")
-    return device
+    n_gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    allowed = "Allowed here: 'auto', 'cpu'" + ", 'cuda'" * bool(n_gpus) + ", 'mps'" * mps + "."
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device!r} is no device of torch. {allowed}") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= n_gpus:
+        raise ValueError(f"device={device!r}: this torch sees {n_gpus or 'no'} CUDA GPU{'s' * (n_gpus > 1)}. {allowed}")
+    if wanted.type == "mps" and not mps:
+        raise ValueError(f"device={device!r}: this torch sees no Apple GPU. {allowed}")
+    if wanted.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device={device!r} cannot run a language model. {allowed}")
+    return str(wanted)
+
+
+def resolve_dtype(dtype) -> torch.dtype:
+    """A floating-point type of torch, given as such or by its name."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        guess = near(re.sub(r"^(fp|f|half)(?=\d|$)", "float", name).replace("bf16", "bfloat16"), DTYPES)
+        raise ValueError(
+            f"dtype={dtype!r} is no type for a language model{guess}: allowed are {', '.join(map(repr, DTYPES))}"
+        )
+    return getattr(torch, name)
 
 
 def model_path(model: str) -> str:
-    """What to hand to the loader: the directory of the built-in model, a local directory, or a hub name as it is."""
-    path = ASSETS / BUILTIN if model == BUILTIN else Path(model).expanduser()
-    if model == BUILTIN or path.is_dir():
-        if not (path / "config.json").exists():
-            raise FileNotFoundError(f"model={model!r}: no config.json in {path}; it has to be a Hugging Face directory")
-        return str(path.resolve())
-    reason = ""
-    if path.is_absolute() or model.startswith(".") or len(path.parts) > 2:
-        reason = "no such directory"
-    elif offline() and not in_hub_cache(model):
-        reason = "no such directory, and HF_HUB_OFFLINE is set and the hub cache does not hold it"
-    if reason:
-        raise FileNotFoundError(
-            f"model={model!r}: {reason}. Allowed: {BUILTIN!r}, a Hugging Face directory, a hub name."
+    """The directory of a model: the built-in one, a local one, or where the hub's files are once they have been fetched.
+
+    Raises FileNotFoundError, which says whether the directory, the hub's model or the network is missing.
+    """
+    return str(find_model(model) or hub_directory(str(model)))
+
+
+def hub_directory(model: str) -> str:
+    """The directory in the hub cache with the files of a hub model, `name` or `name@revision`; fetched if they are not there."""
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    name, _, revision = model.partition("@")
+    wanted, unreachable = {"repo_id": name, "revision": revision or None}, "HF_HUB_OFFLINE is set" if offline() else ""
+    if not unreachable:
+        try:
+            files = HfApi().model_info(**wanted, timeout=HUB_SECONDS).siblings or []
+            if not any(file.rfilename.startswith("model.safetensors") for file in files):
+                raise ValueError(
+                    f"model={model!r}: the hub has no safetensors of it, and nothing else is loaded. {conversion(name)}"
+                )
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+            gated = "asks you to log in and accept its terms first (hf auth login)"
+            reason = gated if isinstance(error, errors.GatedRepoError) else "does not have it, or it is private"
+            raise no_model(model, f"no such directory, and the hub {reason}") from None
+        except (OSError, errors.HTTPError) as error:
+            unreachable = f"the hub cannot be reached ({type(error).__name__})"
+    try:
+        return snapshot_download(
+            **wanted,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=["*/*", "consolidated*"],
+            local_files_only=bool(unreachable),
         )
-    return model
+    except errors.LocalEntryNotFoundError:
+        reason = f"no such directory; {unreachable or 'the download broke off'}, and the hub cache does not hold it"
+        raise no_model(model, reason) from None
 
 
-def in_hub_cache(model: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
+def check_files(directory: Path) -> None:
+    """Raise ValueError that names the file for a model directory that is incomplete or damaged; see `check_formats`, `verify`."""
+    from safetensors import SafetensorError, safe_open
 
-    return isinstance(try_to_load_from_cache(model.partition("@")[0], "config.json"), str)
+    check_formats(directory)
+    files = {file.name: file for file in model_files(directory)}
+    parsed = {name: read_json(file) for name, file in files.items() if file.suffix == ".json"}
+    index = "model.safetensors.index.json"
+    for name in {"config.json", index} & set(parsed):
+        if not isinstance(parsed[name], dict):
+            raise ValueError(f"{files[name]} holds a {type(parsed[name]).__name__} and no settings: it is damaged")
+    if "transformers_weights" in parsed["config.json"]:
+        raise ValueError(f"{files['config.json']} names weights of its own (transformers_weights): remove that entry")
+    shards = {"model.safetensors": set()}
+    if "model.safetensors" not in files:
+        if index not in files:
+            raise ValueError(
+                f"{directory}: no model.safetensors, nor an index of shards; save the model there (save_pretrained)"
+            )
+        shards = {}
+        for tensor, shard in parsed[index].get("weight_map", {}).items():
+            shards.setdefault(shard, set()).add(tensor)
+    for shard, tensors in shards.items():
+        if shard not in files:
+            raise ValueError(f"{directory / shard} is missing, and {index} names it: fetch the model again")
+        try:
+            with safe_open(files[shard], "pt") as file:
+                lost = tensors - set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{files[shard]} is truncated or no safetensors file ({error}): fetch the model again"
+            ) from None
+        if lost:
+            raise ValueError(f"{files[shard]} has no tensor {min(lost)!r}, which {index} says: it is another model's")
+    if not any(file for pattern in TOKENIZERS for file in directory.glob(pattern)):
+        raise ValueError(f"no tokenizer in {directory}: save one there (tokenizer.save_pretrained)")
+    verify(directory)
 
 
-def load_language_model(model: str = BUILTIN, device: str = "auto", dtype: str = "float32"):
+def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float32"):
     """A frozen TransformerBridge in eval mode, with its tokenizer as `.tokenizer`.
 
     model: `"python-lm"`, a local Hugging Face directory (no hub call is made), or a hub name, with `@revision` if wanted.
-    Raises FileNotFoundError for a path that is not there, ValueError for a device that is not there or an unknown dtype.
+    dtype: "float32", "bfloat16", "float16" or "float64", or torch's own.
+
+    Only safetensors are read, and no code of a model's. The built-in model, models in the hub cache and directories with a
+    SHA256SUMS (`files.write_sums`) are verified. Another directory is only identified: its hash is in the identity of every run.
+
+    Raises FileNotFoundError for a model that is not there, ValueError for a device or dtype that is not there, files that are
+    damaged or missing, weights that do not fit, and a family that TransformerLens cannot run as transformers does.
     """
-    device = resolve_device(device)
-    if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype={dtype!r} is no type of torch. Usual: 'float32', 'bfloat16', 'float16'.")
-    path = model_path(model)
+    device, dtype = resolve_device(device), resolve_dtype(dtype)
+    directory = model_path(model)
+    check_files(Path(directory))
     quiet_imports()
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
 
-    name, _, revision = (path, "", "") if Path(path).is_dir() else path.partition("@")
-    lm = TransformerBridge.boot_transformers(
-        name, device=device, dtype=getattr(torch, dtype), **({"revision": revision} if revision else {})
-    )
-    lm.eval().requires_grad_(False)
+    raw: list[Tensor] = []
+
+    def load(name, **kwargs):
+        """The Hugging Face model; its logits on a few tokens are kept to compare with."""
+        safely = dict(
+            use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, loading = AutoModelForCausalLM.from_pretrained(name, **kwargs, **safely)
+        check_weights(model, loading, directory)
+        reference = model
+        if getattr(model.config, "alibi", False):  # Falcon's eager attention, which hooks need, adds these biases twice
+            reference, _ = AutoModelForCausalLM.from_pretrained(
+                name, **kwargs | safely | {"attn_implementation": None, "config": None}
+            )
+        tokens = torch.arange(8, device=device)[None] % model.get_input_embeddings().num_embeddings
+        with torch.no_grad():
+            raw.append(reference.eval().to(device)(tokens[:, :-1]).logits)
+        return model
+
+    try:
+        lm = TransformerBridge.boot_transformers(
+            directory, device=device, dtype=dtype, model_class=SimpleNamespace(from_pretrained=load)
+        )
+        lm.eval().requires_grad_(False)
+        with torch.no_grad():
+            same = agree(lm(few_tokens(lm))[:, :-1], raw[0])
+    except (WrongWeights, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever the two libraries raise for a family or a file that they do not know
+        first = str(error).strip().partition("\n")[0]
+        family = read_json(Path(directory) / "config.json").get("model_type")
+        other = "" if dtype == torch.float32 else "dtype='float32', or "
+        raise ValueError(
+            f"model={model!r}: TransformerLens {version('transformer-lens')} cannot run it (family {family!r}; "
+            f"{type(error).__name__}: {first[:160]}). Use {other}another "
+            f"family, such as GPT-2, Llama, Qwen, GPT-NeoX, Gemma or OPT"
+        ) from error
+    if not same:
+        raise ValueError(
+            f"model={model!r}: on the same tokens, its logits in TransformerLens are not those of transformers, or they depend on "
+            f"later tokens. Nothing can be measured on it: use another family, such as GPT-2, Llama, Qwen or GPT-NeoX"
+        )
     return lm
+
+
+class WrongWeights(ValueError):
+    """Weights that do not fit the configuration, or are not finite."""
+
+
+def check_weights(model, loading: dict, directory: str) -> None:
+    """Raise WrongWeights that names a tensor that is missing, of another shape, or not finite; warn of tensors that are not used."""
+    wrong = [f"have no tensor {name}" for name in sorted(loading["missing_keys"])]
+    wrong += [
+        f"do not fit config.json in {name}, {list(there)} and not {list(wanted)}"
+        for name, there, wanted in sorted(loading["mismatched_keys"])
+    ]
+    if wrong:
+        raise WrongWeights(f"{directory}: the weights {wrong[0]} ({len(wrong)} such in all): they are another model's")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.stack(torch.aminmax(parameter.detach())).isfinite().all():
+            raise WrongWeights(
+                f"{directory}: {name} holds NaN or infinity as {str(parameter.dtype).removeprefix('torch.')}: the weights are "
+                f"damaged, or need another dtype"
+            )
+    if unused := sorted(name for name in loading["unexpected_keys"] if name.endswith("weight")):  # not old masks
+        warnings.warn(
+            f"{directory}: {len(unused)} tensors of the weights have no place in config.json, such as {unused[0]}"
+        )
 
 
 def quiet_imports() -> None:
@@ -86,18 +243,86 @@ def quiet_imports() -> None:
     logging.set_verbosity_error()
 
 
-def check_hook(lm, hook_name: str) -> None:
-    """Raise ValueError naming the nearest hooks if the model has no such hook."""
-    if hook_name in lm.hook_dict:
+def check_name(lm, hook_name: str) -> None:
+    """Raise ValueError that names the nearest hooks and the number of layers if the model has no such hook."""
+    if not hasattr(lm, "hook_dict"):
+        raise ValueError(f"lm is {type(lm).__name__}: it has to be a model that load_language_model returned")
+    if isinstance(hook_name, str) and hook_name in lm.hook_dict:
         return
     usual = [n for n in lm.hook_dict if re.search(r"hook_(resid_\w+|mlp_out|attn_out|z)$", n)]
-    near = difflib.get_close_matches(hook_name, usual, n=4, cutoff=0) or usual[:4]
-    raise ValueError(f"hook_name={hook_name!r} is not a hook of this model. Near ones: {', '.join(near)}")
+    nearest = difflib.get_close_matches(str(hook_name), usual, n=4, cutoff=0) or usual[:4]
+    raise ValueError(
+        f"hook_name={hook_name!r} is not a hook of this model, whose {lm.cfg.n_layers} layers are blocks.0 to "
+        f"blocks.{lm.cfg.n_layers - 1}. Near ones: {', '.join(nearest)}"
+    )
 
 
-def check_tokens(lm, tokens: Tensor) -> None:
+def check_hook(lm, hook_name: str) -> None:
+    """Raise ValueError for an unknown hook, or one at which this model cannot be spliced exactly; once per model and hook.
+
+    On a few tokens, the clean activation has to leave the logits as they are, and another one has to change them. Where the
+    layers before a residual hook cannot be left out exactly, splices there run the whole model, and a warning says so.
+    """
+    check_name(lm, hook_name)
+    checked = vars(lm).setdefault("idle_blocks", {})  # by hook: how many blocks a splice of a tensor leaves out
+    if hook_name in checked:
+        return
+    tokens = few_tokens(lm).expand(2, -1)
+    with torch.no_grad():
+        clean, x = lm(tokens), run_prefix(lm, tokens, [hook_name])[hook_name]
+        if not clean.isfinite().all():  # nothing to compare: whoever runs the model says where it is not finite
+            checked[hook_name] = 0
+            return
+        noise = torch.arange(x.numel(), device=x.device).sin().view(x.shape)
+        other = x + (noise * (x.float().std() or 1)).to(x.dtype)
+        whole = splice(lm, tokens, hook_name, lambda _: other)
+        if not agree(splice(lm, tokens, hook_name, lambda x: x.clone()), clean) or torch.equal(whole, clean):
+            raise ValueError(
+                f"hook_name={hook_name!r}: what is put there does not reach the logits of this model as it should, so "
+                f"nothing can be measured there. Use another hook, such as blocks.0.hook_resid_post"
+            )
+        residual = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
+        n_idle = int(residual[1]) + (residual[2] == "post") if residual else 0
+        exact = not n_idle
+        if n_idle:  # some families do more with what a layer returns than hand it on, and end in an error
+            with contextlib.suppress(IndexError, TypeError, ValueError, RuntimeError, AttributeError):
+                exact = agree(splice(lm, tokens, hook_name, lambda _: other, (), n_idle), whole)
+        if not exact:
+            warnings.warn(f"{hook_name}: this model needs its early layers, so every splice there runs all of them")
+    checked[hook_name] = n_idle if exact else 0
+
+
+def few_tokens(lm) -> Tensor:
+    """[1, 8] tokens to check a model with."""
+    return torch.arange(min(8, lm.cfg.n_ctx), device=lm.cfg.device)[None] % lm.cfg.d_vocab
+
+
+def agree(logits: Tensor, expected: Tensor) -> bool:
+    """Whether two logits are equal but for rounding: relative to the largest, 1e-3, or 0.05 in half precision."""
+    tolerance = 0.05 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return bool((logits.float() - expected.float()).abs().max() <= tolerance * expected.float().abs().max())
+
+
+def check_tokens(lm, tokens) -> None:
+    """ValueError for token ids that are no [batch, n_ctx] of whole numbers, too long, or outside the model's vocabulary."""
+    whole = "int" in str(getattr(tokens, "dtype", ""))
+    if not whole or tokens.ndim != 2 or not min(tokens.shape):
+        raise ValueError(f"tokens are {described(tokens)}: they have to be whole numbers [batch, n_ctx]")
     if tokens.shape[-1] > lm.cfg.n_ctx:
         raise ValueError(f"n_ctx={tokens.shape[-1]} is longer than the model's context of {lm.cfg.n_ctx} tokens")
+    tokens = tokens.long() if isinstance(tokens, Tensor) else tokens  # torch has no minimum of some integer types
+    lowest, largest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or largest >= lm.cfg.d_vocab:
+        outside = lowest if lowest < 0 else largest
+        raise ValueError(
+            f"rows holds token {outside}, and the model's vocabulary has {lm.cfg.d_vocab}: another tokenizer's"
+        )
+
+
+def described(value) -> str:
+    """What a value is, for messages: its type, and shape and dtype if it has them."""
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{value.dtype} {list(shape)}"
 
 
 class AllFound(Exception):
@@ -106,8 +331,9 @@ class AllFound(Exception):
 
 def run_prefix(lm, tokens: Tensor, hook_names: list[str]) -> dict[str, Tensor]:
     """Run the model just far enough; return the activation at each hook, [batch, n_ctx, d_in], without gradient."""
+    hook_names = [hook_names] if isinstance(hook_names, str) else hook_names
     for name in hook_names:
-        check_hook(lm, name)
+        check_name(lm, name)
     check_tokens(lm, tokens)
     found: dict[str, Tensor] = {}
 
@@ -133,15 +359,23 @@ def run_spliced(lm, tokens: Tensor, hook_name: str, replace, hooks=()) -> Tensor
     """
     check_hook(lm, hook_name)
     check_tokens(lm, tokens)
+    return splice(lm, tokens, hook_name, replace, hooks, 0 if callable(replace) else lm.idle_blocks[hook_name])
 
-    def splice(activation, hook):
-        new = replace(activation.flatten(2)) if callable(replace) else replace
-        return new.to(activation.dtype).reshape(activation.shape).contiguous()  # some layers view it
 
-    residual = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
-    n_idle = int(residual[1]) + (residual[2] == "post") if residual and not callable(replace) else 0
+def splice(lm, tokens: Tensor, hook_name: str, replace, hooks=(), n_idle: int = 0) -> Tensor:
+    """`run_spliced` without its checks, with the first n_idle blocks left out."""
+
+    def put(activation, hook):
+        flat = activation.flatten(2)
+        new = replace(flat) if callable(replace) else replace
+        if not isinstance(new, Tensor) or new.shape != flat.shape:
+            raise ValueError(
+                f"the replacement at {hook_name} is {described(new)}: it has to be a tensor {list(flat.shape)}, as x there"
+            )
+        return new.to(activation).reshape(activation.shape).contiguous()  # some layers view it
+
     with idle(lm, n_idle):
-        return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, splice), *hooks])
+        return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, put), *hooks])
 
 
 def run_with_gradient(lm, tokens: Tensor, hook_names: list[str], at: str) -> tuple[dict[str, Tensor], Tensor]:
@@ -150,8 +384,9 @@ def run_with_gradient(lm, tokens: Tensor, hook_names: list[str], at: str) -> tup
     One forward, one backward through what comes after `at`; all [batch, n_ctx, d_in]. The gradient is 0 at position 0, an
     outlier, and at the last position, which predicts nothing that is known.
     """
-    for name in {*hook_names, at}:
-        check_hook(lm, name)
+    check_hook(lm, at)
+    for name in hook_names:
+        check_name(lm, name)
     check_tokens(lm, tokens)
     found: dict[str, Tensor] = {}
 
@@ -170,7 +405,7 @@ def run_with_gradient(lm, tokens: Tensor, hook_names: list[str], at: str) -> tup
 def later_layers(lm, hook_name: str) -> list[str]:
     """resid_pre of the layers after a hook; not the hook itself under another name, and not the final resid_post."""
     at = re.match(r"blocks\.(\d+)\.(.*)", hook_name)
-    first = int(at[1]) + (2 if at[2] == "hook_resid_post" else 1) if at else lm.cfg.n_layers
+    first = int(at[1]) + (2 if at[2] in ("hook_resid_post", "hook_out") else 1) if at else lm.cfg.n_layers
     return [f"blocks.{layer}.hook_resid_pre" for layer in range(first, lm.cfg.n_layers)]
 
 
@@ -181,30 +416,35 @@ def idle(lm, n_blocks: int):
     TransformerLens' `start_at_layer` computes the early blocks and throws the result away; this does not.
     """
     layers = [block.original_component for block in lm.blocks[:n_blocks]]
-    as_tuple = bool(layers) and returns_tuple(lm)
+    own = [vars(layer).get("forward") for layer in layers]  # what TransformerLens has put in place of the class's own
+    n_more = n_outputs(lm) - 1 if layers else 0
     for layer in layers:
-        layer.forward = lambda hidden_states, *args, **kwargs: (hidden_states,) if as_tuple else hidden_states
+        layer.forward = lambda hidden_states, *args, **kwargs: (
+            hidden_states if n_more < 0 else (hidden_states, *[None] * n_more)
+        )
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, own):
             del layer.forward  # the class's own comes back
+            if forward is not None:
+                layer.forward = forward
 
 
-def returns_tuple(lm) -> bool:
-    """Whether the Hugging Face layers return the residual stream in a tuple: one token is run to see, once per model."""
-    if not hasattr(lm, "layers_return_tuple"):
+def n_outputs(lm) -> int:
+    """Length of the tuple that a Hugging Face layer returns, 0 for the bare residual stream: run to see, once per model."""
+    if not hasattr(lm, "n_layer_outputs"):
         seen = []
         hook = lm.blocks[0].original_component.register_forward_hook(
-            lambda m, args, out: seen.append(type(out) is tuple)
+            lambda m, args, out: seen.append(len(out) if type(out) is tuple else 0)
         )
         try:
             with torch.no_grad():
                 lm(torch.zeros(1, 1, dtype=torch.long, device=lm.cfg.device))
         finally:
             hook.remove()
-        lm.layers_return_tuple = seen[0]
-    return lm.layers_return_tuple
+        lm.n_layer_outputs = seen[0]
+    return lm.n_layer_outputs
 
 
 def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -220,6 +460,4 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
 
 def versions() -> dict[str, str]:
     """Versions a reader needs to compare numbers."""
-    from importlib.metadata import version
-
     return {"python": sys.version.split()[0]} | {p: version(p) for p in ("torch", "transformer-lens", "transformers")}

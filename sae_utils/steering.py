@@ -5,14 +5,16 @@ hook run, in generation every step runs on the new tokens alone (Hugging Face's 
 outlier in most models, is left alone by default. The steering formula of arXiv 2411.10397 is not known; what is here is ours.
 """
 
+import contextlib
 import re
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .lm import check_hook, run_prefix, run_spliced, token_loss
+from .lm import agree, check_hook, check_tokens, described, few_tokens, run_prefix, run_spliced, token_loss
 from .metrics import kl_divergence
+from .values import real, whole
 
 AT_ONCE = 2**22  # floats that the largest tensor of a chunk of interventions holds: 16 MiB, what a CPU keeps near
 MEASURES = ("kl", "max_logit", "target_logprob", "specificity", "norm", "logprob_per_norm")
@@ -27,6 +29,8 @@ class Add:
     """x + direction: `directions` [n, d_in], already at the length wanted (α · direction)."""
 
     def __init__(self, directions: Tensor):
+        if not isinstance(directions, Tensor) or directions.ndim != 2 or not directions.isfinite().all():
+            raise ValueError(f"directions are {described(directions)}: they have to be a finite tensor [n, d_in]")
         self.directions = directions.detach()
 
     def __len__(self) -> int:
@@ -36,6 +40,10 @@ class Add:
         return Add(self.directions[part])
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.directions.shape[1]:
+            raise ValueError(
+                f"directions are {self.directions.shape[1]} wide, and x at this hook is {x.shape[-1]} wide"
+            )
         return x + self.directions[:, None, None].to(x)
 
 
@@ -48,7 +56,10 @@ class SetLatent:
     def __init__(self, sae, latents, values=0.0, keep_error: bool = True):
         self.sae, self.keep_error = sae, keep_error
         self.latents = check_latents(sae, latents)
-        self.values = torch.as_tensor(values, dtype=sae.W_dec.dtype, device=sae.W_dec.device).expand(len(self.latents))
+        values = [real("values", v) for v in np.atleast_1d(torch.as_tensor(values).cpu().numpy()).flat]
+        if len(values) not in (1, len(self.latents)):
+            raise ValueError(f"{len(values)} values for {len(self.latents)} latents: give one for all, or one each")
+        self.values = torch.tensor(values).to(sae.W_dec.device, sae.W_dec.dtype).expand(len(self.latents))
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -66,10 +77,7 @@ class SetLatent:
 
 def check_latents(sae, latents) -> Tensor:
     """Indices as a tensor [n]; ValueError for one outside the dictionary, or of a latent that was dead at the end of training."""
-    latents = torch.as_tensor(latents, device=sae.W_dec.device).flatten()
-    for i in latents.tolist():
-        if not 0 <= i < sae.d_sae:
-            raise ValueError(f"latent {i}: this SAE has latents 0 to {sae.d_sae - 1}")
+    latents = indices("latents", latents, sae.d_sae, "this SAE").to(sae.W_dec.device)
     dead = latents[sae.dead()[latents]]
     if len(dead):
         raise ValueError(
@@ -78,14 +86,25 @@ def check_latents(sae, latents) -> Tensor:
     return latents
 
 
-def check_positions(positions, n_ctx: int) -> Tensor:
-    """A mask [n_ctx] of the positions to steer: those named, or all but the first; ValueError for one outside the context."""
+def check_positions(positions, n_ctx: int, name: str = "positions") -> Tensor:
+    """A mask [n_ctx] of the positions named, or of all but the first; ValueError for one outside the context, or for none."""
     mask = torch.zeros(n_ctx, dtype=torch.bool)
-    for p in range(1, n_ctx) if positions is None else positions:
-        if not 0 <= p < n_ctx:
-            raise ValueError(f"position {p} is outside the context: allowed are 0 to {n_ctx - 1}")
-        mask[p] = True
+    mask[indices(name, range(1, n_ctx) if positions is None else positions, n_ctx, "the context")] = True
     return mask
+
+
+def indices(name: str, values, n: int, where: str) -> Tensor:
+    """Whole numbers from 0 to n − 1, as a tensor of one axis; ValueError for others, and for none at all."""
+    try:
+        found = torch.as_tensor(values if hasattr(values, "dtype") or np.isscalar(values) else list(values)).flatten()
+        integer = not (found.is_floating_point() or found.dtype == torch.bool) and len(found)
+    except (TypeError, ValueError, RuntimeError):
+        integer = False
+    if not integer:
+        raise ValueError(f"{name}={values!r}: they have to be whole numbers from 0 to {n - 1}, at least one")
+    if len(outside := found[(found < 0) | (found >= n)]):
+        raise ValueError(f"{name}: {int(outside[0])} is outside {where}; allowed are 0 to {n - 1}")
+    return found.long()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,9 +113,14 @@ def check_positions(positions, n_ctx: int) -> Tensor:
 
 
 def as_tokens(lm, rows) -> Tensor:
-    """Token ids as a tensor on the model's device."""
-    rows = rows if isinstance(rows, Tensor) else torch.from_numpy(rows.astype("int64"))
-    return rows.long().to(lm.cfg.device)
+    """Token ids as a tensor on the model's device; ValueError for what are none of this model."""
+    rows = rows if isinstance(rows, Tensor) else np.asarray(rows)
+    if rows.ndim not in (2, 3):
+        raise ValueError(
+            f"rows are {described(rows)}: they have to be tokens [contexts, n_ctx] or [n, contexts, n_ctx]"
+        )
+    check_tokens(lm, rows.reshape(-1, rows.shape[-1]))
+    return torch.as_tensor(rows if isinstance(rows, Tensor) else rows.astype("int64")).long().to(lm.cfg.device)
 
 
 @torch.no_grad()
@@ -113,7 +137,7 @@ def steer(lm, rows, hook_name: str, edit, positions=None, at=None, at_once: int 
         raise ValueError(f"rows hold contexts for {len(rows)} interventions, but there are {len(edit)}")
     n_contexts, n_ctx = rows.shape[1:]
     mask = check_positions(positions, n_ctx).to(rows.device)
-    at = check_positions(at, n_ctx).to(rows.device)
+    at = check_positions(at, n_ctx, "at").to(rows.device)
     entries = n_contexts * max(int(at.sum()) * lm.cfg.d_vocab, n_ctx * lm.cfg.d_model * 8)
     shared = None
     for start in range(0, len(edit), max(1, at_once // entries)):
@@ -148,7 +172,8 @@ def direct_logits(lm, directions: Tensor) -> Tensor:
 
     LN(d) W_U − LN(0) W_U: the biases drop out, and the scale is that of a residual stream which is d alone.
     """
-    direct = lm.unembed(lm.ln_final(directions[None])) - lm.unembed(lm.ln_final(torch.zeros_like(directions[None, :1])))
+    norm = getattr(lm, "ln_final", torch.nn.Identity())  # GPT-1 has none
+    direct = lm.unembed(norm(directions[None])) - lm.unembed(norm(torch.zeros_like(directions[None, :1])))
     return direct[0].float()
 
 
@@ -190,7 +215,8 @@ def effects(
     max_logit: max over the vocabulary of |Δ logit|. target_logprob, specificity: the functions of these names. norm: mean
     ‖x_new − x‖ where edited. logprob_per_norm: target_logprob / norm, nats per unit of x (0 where nothing was changed).
     """
-    parts, also = [], also or {}
+    parts, targets = [], check_targets(targets, len(edit), lm.cfg.d_vocab)
+    also = {name: check_targets(more, len(edit), lm.cfg.d_vocab) for name, more in (also or {}).items()}
     for part, logits, new, norm in steer(lm, rows, hook_name, edit, positions, at, at_once):
         own = targets[part].to(new.device)
         measured = [kl_divergence(logits, new), (new - logits).abs().amax(-1)]
@@ -203,6 +229,16 @@ def effects(
             means.append(change.mean(2) if each_context else change.mean((1, 2)))
         parts.append([m.cpu() for m in means])
     return {name: torch.cat(found) for name, found in zip([*MEASURES, *also], zip(*parts))}
+
+
+def check_targets(targets, n: int, d_vocab: int) -> Tensor:
+    """Tokens [n, n_targets], a row for each intervention; ValueError for others."""
+    flat, shape = indices("targets", targets, d_vocab, "the vocabulary"), torch.as_tensor(targets).shape
+    if len(shape) != 2 or shape[0] != n:
+        raise ValueError(
+            f"targets have shape {list(shape)}: they have to be [{n}, n_targets], a row for each intervention"
+        )
+    return flat.view(shape)
 
 
 def latent_effects(
@@ -229,6 +265,7 @@ def latent_effects(
 
 def scaled(directions: Tensor, norm: float) -> Tensor:
     """Directions [n, d_in] at length `norm`; ValueError for one of length 0."""
+    norm = real("norm", norm)
     lengths = directions.detach().norm(dim=1, keepdim=True)
     if not (lengths > 0).all():
         raise ValueError(f"direction {int((lengths == 0).nonzero()[0, 0])} has length 0: it cannot be made {norm} long")
@@ -248,13 +285,15 @@ def generate(
 
     positions: where `edit` acts (default all but 0, generated ones too). Token t+1 = argmax(logits / temperature + Gumbel
     noise), a sample; all interventions share the noise, so that they differ by what they do and not by luck. temperature 0:
-    greedy. `cached=False` runs the whole text at every step: the same, slowly.
+    greedy. `cached=False` runs the whole text at every step: the same, slowly; so does a model whose cache is not exact.
     Raises ValueError if the text would be longer than the model's context.
     """
     from transformers import DynamicCache
 
     check_hook(lm, hook_name)
-    rows = as_tokens(lm, rows)
+    rows, n_new = as_tokens(lm, rows), whole("n_new", n_new)
+    temperature, seed = real("temperature", temperature, least=0), whole("seed", seed, least=0)
+    cached = cached and cache_is_exact(lm)
     rows = rows.expand(len(edit), -1, -1)
     n_contexts, n_prompt = rows.shape[1:]
     if n_prompt + n_new > lm.cfg.n_ctx:
@@ -287,9 +326,27 @@ def generate(
 
 
 @torch.no_grad()
+def cache_is_exact(lm) -> bool:
+    """Whether a few tokens in two parts, with Hugging Face's cache between, give the logits of one run; found once per model."""
+    from transformers import DynamicCache
+
+    if "cache_is_exact" not in vars(lm):
+        tokens, cache = few_tokens(lm), DynamicCache()
+        first, rest = tokens.tensor_split(2, 1)
+        lm.cache_is_exact = False
+        with contextlib.suppress(
+            AttributeError, IndexError, RuntimeError, TypeError, ValueError
+        ):  # a cache of its own kind
+            logits = torch.cat([lm(part, past_key_values=cache, use_cache=True) for part in (first, rest)], 1)
+            lm.cache_is_exact = agree(logits, lm(tokens))
+    return lm.cache_is_exact
+
+
+@torch.no_grad()
 def generation_nats(lm, generated: Tensor, n_prompt: int, batch_rows: int = 64) -> Tensor:
     """Cross-entropy of the generated tokens under the unsteered model, a mean over them, [n, contexts]; perplexity is exp of it."""
     rows = as_tokens(lm, generated).flatten(0, 1)
+    n_prompt = whole("n_prompt", n_prompt, most=rows.shape[1] - 1)
     keep = ("unembed.hook_in", lambda h, hook: h[:, n_prompt - 1 :])
     losses = [
         token_loss(lm.run_with_hooks(part, fwd_hooks=[keep]), part[:, n_prompt - 1 :]).mean(1)
@@ -327,6 +384,10 @@ def breaks_at(strengths, nats, factor: float = 2.0) -> float:
 
     strengths rising from 0; nats [n_strengths], mean cross-entropy of generations. ValueError if the first strength is not 0.
     """
+    if len(strengths) != len(nats) or not (np.diff(strengths) > 0).all():
+        raise ValueError(
+            f"{len(strengths)} strengths for {len(nats)} losses: they have to rise, with one loss for each"
+        )
     if strengths[0] != 0:
         raise ValueError(f"strengths begin at {strengths[0]:g}: the first has to be 0, the unsteered model")
     excess = np.asarray(nats, dtype=float) - nats[0] - np.log(factor)

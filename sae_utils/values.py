@@ -55,9 +55,9 @@ def one_of(name: str, value, allowed):
     return value
 
 
-def near(name, names) -> str:
-    """`" (did you mean ...?)"` if one of the names is near, else nothing."""
-    matches = difflib.get_close_matches(str(name), [str(other) for other in names], 1)
+def near(name, names, cutoff: float = 0.6) -> str:
+    """`" (did you mean ...?)"` if one of the names is near, else nothing; cutoff: from 0, any, to 1, the same."""
+    matches = difflib.get_close_matches(str(name), [str(other) for other in names], 1, cutoff)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 

@@ -6,6 +6,7 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when imported
 
 import pytest  # noqa: E402
+from families import Directories  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -38,34 +39,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model_directories(tokenizer, tmp_path_factory):
-    """Saved models of three layers, d_model 16 and context 32, by family."""
-    import torch
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        GPTNeoXConfig,
-        GPTNeoXForCausalLM,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    common = dict(vocab_size=300, initializer_range=0.2, bos_token_id=0, eos_token_id=0)
-    rotary = dict(max_position_embeddings=32, hidden_size=16, num_hidden_layers=3, intermediate_size=24)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        models = {
-            "gpt2": GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=3, n_head=2, **common)),
-            "neox": GPTNeoXForCausalLM(GPTNeoXConfig(num_attention_heads=2, **rotary, **common)),
-            "llama": LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **rotary, **common)),
-        }
-    paths = {}
-    for family, model in models.items():
-        paths[family] = tmp_path_factory.mktemp(family)
-        model.save_pretrained(paths[family])
-        tokenizer.save_pretrained(paths[family])
-    return paths
+    """Saved models with random weights, by the names in FAMILIES."""
+    return Directories(tokenizer, tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,8 @@ def test_beta_is_split_over_the_later_layers(tiny_gpt2):
     hooks = {f"blocks.0.hook_{kind}": Suffix(tiny_gpt2, f"blocks.0.hook_{kind}") for kind in ("resid_pre", "mlp_out")}
     assert all(s.later == ["blocks.1.hook_resid_pre", "blocks.2.hook_resid_pre"] for s in hooks.values())
     # the residual after layer 0 is resid_pre of layer 1 under another name: what is spliced in is not "downstream"
-    assert Suffix(tiny_gpt2, "blocks.0.hook_resid_post").later == ["blocks.2.hook_resid_pre"]
+    for name in ("hook_resid_post", "hook_out"):
+        assert Suffix(tiny_gpt2, f"blocks.0.{name}").later == ["blocks.2.hook_resid_pre"]
     hook = "blocks.0.hook_resid_pre"
     batch, sae = batch_of(tiny_gpt2, hook), sae_for(tiny_gpt2)
     _, later = whole(tiny_gpt2, batch, sae(batch["x"][:, 1:]).x_hat, hook)

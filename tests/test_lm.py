@@ -1,16 +1,23 @@
+import json
 import math
+import re
 import shutil
 import socket
+import time
 
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES
+from safetensors.torch import load_file, save_file
 
-from sae_utils import lm as lm_module
-from sae_utils import load_language_model, resolve_device
-from sae_utils.lm import bits_per_byte, check_hook, run_prefix, run_spliced, token_loss
+from sae_utils import ActivationStore, TopKSAE, evaluate, files, load_language_model, resolve_device
+from sae_utils.end_to_end import Suffix
+from sae_utils.files import file_hash, model_hash, write_sums
+from sae_utils.lm import bits_per_byte, check_hook, run_prefix, run_spliced, run_with_gradient, token_loss
+from sae_utils.metrics import evaluate_downstream
+from sae_utils.steering import Add, direct_logits, effects, generate
 
-FAMILIES = ("gpt2", "neox", "llama")
 KINDS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "attn.hook_z")
 HOOKS = [f"blocks.{layer}.{kind}" for layer in range(3) for kind in KINDS]
 PARTS = {  # where Hugging Face's model has its layers; in a layer: attention, its output projection, mlp
@@ -20,7 +27,7 @@ PARTS = {  # where Hugging Face's model has its layers; in a layer: attention, i
 }
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=["gpt2", "neox", "llama"])
 def family(request):
     return request.param
 
@@ -204,10 +211,148 @@ def test_a_tensor_gives_what_a_function_gives_and_runs_only_the_layers_after_a_r
     torch.testing.assert_close(run_spliced(lm, text, name, clean), lm(text))
 
 
+EXACT = [f for f in FAMILIES if f not in ("falcon_alibi", "falcon_grouped", "gpt1")]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@torch.no_grad()
+def test_every_family_is_spliced_as_transformers_would(name, model_directories, text):
+    """Residual hooks against hooks on the raw model's layers; the other two by what they add to the residual stream.
+
+    The layers before a residual hook are left out: a fallback would warn, and a warning is an error in these tests.
+    """
+    from transformers import AutoModelForCausalLM
+
+    raw = AutoModelForCausalLM.from_pretrained(model_directories[name]).eval()
+    layers = next(m for m in raw.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+    lm = load_language_model(str(model_directories[name]), device="cpu")
+    clean = lm(text)
+    torch.testing.assert_close(clean, raw(text).logits, atol=1e-5, rtol=1e-5)
+    noise = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(0))
+    for i in (1, 2):
+        kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        hooks = {kind: f"blocks.{i}.hook_{kind}" for kind in kinds}
+        x = dict(zip(kinds, run_prefix(lm, text, list(hooks.values())).values()))
+        torch.testing.assert_close(x["resid_post"], x["resid_pre"] + x["attn_out"] + x["mlp_out"], atol=1e-5, rtol=1e-5)
+        for kind, hook in hooks.items():
+            assert (run_spliced(lm, text, hook, x[kind]) - clean).abs().max() <= 1e-6
+            assert (run_spliced(lm, text, hook, lambda x: x.clone()) - clean).abs().max() <= 1e-6
+            spliced = run_spliced(lm, text, hook, noise)
+            torch.testing.assert_close(spliced, run_spliced(lm, text, hook, lambda x: noise), atol=1e-6, rtol=1e-6)
+            assert (spliced - clean).abs().max() > 0.1
+        more = run_spliced(lm, text, hooks["mlp_out"], x["mlp_out"] + noise)
+        torch.testing.assert_close(more, run_spliced(lm, text, hooks["resid_post"], x["resid_post"] + noise))
+
+        def put(module, args, kwargs):
+            return ((noise, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": noise})
+
+        def put_after(module, args, out):
+            return (noise, *out[1:]) if isinstance(out, tuple) else noise
+
+        for kind, register in [
+            ("resid_pre", lambda: layers[i].register_forward_pre_hook(put, with_kwargs=True)),
+            ("resid_post", lambda: layers[i].register_forward_hook(put_after)),
+        ]:
+            handle = register()
+            expected = raw(text).logits
+            handle.remove()
+            torch.testing.assert_close(run_spliced(lm, text, hooks[kind], noise), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EXACT)
+@torch.no_grad()
+def test_every_family_is_measured_and_steered(name, model_directories, text):
+    lm, hook = load_language_model(str(model_directories[name]), device="cpu"), "blocks.1.hook_resid_pre"
+    rows, sae = text.numpy(), TopKSAE(16, 40, k=4).eval()
+    check_hook(lm, hook)
+    before = [torch.is_tensor(lm(text)), *(vars(block.original_component).get("forward") for block in lm.blocks)]
+    clean = lm(text)
+
+    found = evaluate(sae, lm, rows, hook)
+    spliced = run_spliced(lm, text, hook, lambda x: torch.cat([x[:, :1], sae(x[:, 1:]).x_hat], 1))
+    assert found["ce_clean"] == pytest.approx(token_loss(clean, text)[:, 1:].mean().item(), abs=1e-5)
+    assert found["ce_sae"] == pytest.approx(token_loss(spliced, text)[:, 1:].mean().item(), abs=1e-5)
+    downstream = evaluate_downstream(sae, lm, rows, hook)["downstream_fvu"]
+    assert list(downstream) == [hook, "blocks.2.hook_resid_pre", "blocks.2.hook_resid_post"]
+    assert downstream[hook] == pytest.approx(found["fvu"], rel=1e-4)
+
+    suffix = Suffix(lm, hook)
+    last, _ = suffix.run(text, run_prefix(lm, text, [hook])[hook], suffix.later)
+    torch.testing.assert_close(suffix.logits(last), clean[:, 1:].flatten(0, 1), atol=1e-5, rtol=1e-5)
+
+    _, gradient = run_with_gradient(lm, text, [hook], hook)
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    losses = [token_loss(run_spliced(lm, text, hook, shifted(1e-3 * sign * direction)), text).sum() for sign in (1, -1)]
+    assert (losses[0] - losses[1]).item() / 2e-3 == pytest.approx(
+        (gradient @ direction).sum().item(), rel=0.05, abs=0.05
+    )
+
+    push = Add(2 * torch.randn(2, 16, generator=torch.Generator().manual_seed(0)))
+    found = effects(lm, rows, hook, push, torch.tensor([[5], [6]]))
+    new = run_spliced(lm, text, hook, lambda x: torch.cat([x[:, :1], x[:, 1:] + push.directions[0]], 1))
+    assert found["max_logit"][0].item() == pytest.approx((new - clean)[:, 1:].abs().amax(-1).mean().item(), rel=1e-3)
+    cached = generate(lm, rows, 6, hook, push, seed=1)
+    assert torch.equal(cached, generate(lm, rows, 6, hook, push, seed=1, cached=False))
+    assert lm.cache_is_exact and not torch.equal(cached[0], cached[1])
+    assert direct_logits(lm, push.directions).shape == (2, 300)
+    assert before[1:] == [vars(block.original_component).get("forward") for block in lm.blocks]
+
+
+def shifted(step):
+    """x plus a step at the positions that have a gradient: all but the first and the last."""
+    return lambda x: torch.cat([x[:, :1], x[:, 1:-1] + step, x[:, -1:]], 1)
+
+
+def test_a_family_that_needs_its_early_layers_runs_them_all(model_directories, text):
+    """GPT-1's layers return a list, which a layer that was left out would not, and it has no cache for generation."""
+    lm, hook = load_language_model(str(model_directories["gpt1"]), device="cpu"), "blocks.1.hook_resid_pre"
+    with pytest.warns(UserWarning, match="blocks.1.hook_resid_pre: this model needs its early layers"):
+        check_hook(lm, hook)
+    x = run_prefix(lm, text, [hook])[hook]
+    assert torch.equal(run_spliced(lm, text, hook, x), lm(text))
+    assert torch.equal(run_spliced(lm, text, hook, 0 * x), run_spliced(lm, text, hook, lambda x: 0 * x))
+    push = Add(2 * torch.ones(1, 16))
+    assert torch.equal(*(generate(lm, text, 6, hook, push, cached=cached) for cached in (True, False)))
+    direct = push.directions @ lm.unembed.original_component.weight.T
+    torch.testing.assert_close(direct_logits(lm, push.directions), direct)
+    with pytest.raises(ValueError, match="'blocks.1.hook_resid_post' does not give one vector for each token"):
+        check_hook(lm, "blocks.1.hook_resid_post")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("falcon_alibi", "float32", "its logits in TransformerLens are not those of transformers"),
+        (
+            "falcon_grouped",
+            "float32",
+            r"TransformerLens \S+ cannot run it \(family 'falcon'; RuntimeError: split.*Use another",
+        ),
+        ("codegen", "bfloat16", "cannot run it .*same dtype.*Use dtype='float32', or another family"),
+    ],
+)
+def test_a_family_that_transformer_lens_runs_otherwise_is_refused(name, dtype, message, model_directories):
+    with pytest.raises(ValueError, match=message):
+        load_language_model(str(model_directories[name]), device="cpu", dtype=dtype)
+
+
+def test_a_hook_whose_value_the_model_does_not_use_is_refused_before_any_harvest(tiny_llama, text):
+    with pytest.raises(ValueError, match="'rotary_emb.hook_in': what is put there does not reach the logits"):
+        ActivationStore(tiny_llama, text.numpy(), "rotary_emb.hook_in")
+
+
 def test_layers_work_again_after_an_error_in_the_suffix(tiny_gpt2, text):
     before = tiny_gpt2(text)
-    with pytest.raises(RuntimeError):
-        run_spliced(tiny_gpt2, text, "blocks.2.hook_resid_pre", torch.zeros(1))
+    wrong = [
+        torch.zeros(1),
+        torch.zeros(3, 16, 12),
+        torch.zeros(36, 16),
+        None,
+        lambda x: x[:, 1:],
+    ]  # two as many numbers as x
+    for replacement in wrong:
+        with pytest.raises(ValueError, match=r"it has to be a tensor \[3, 12, 16\], as x there"):
+            run_spliced(tiny_gpt2, text, "blocks.2.hook_resid_pre", replacement)
     assert torch.equal(tiny_gpt2(text), before)
 
 
@@ -284,7 +429,7 @@ def test_a_loaded_model_is_frozen_and_has_its_tokenizer(lm, tokenizer):
 @pytest.fixture
 def network(monkeypatch):
     """Addresses that were asked for; none is reached."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     asked = []
 
@@ -329,20 +474,339 @@ def test_a_directory_goes_before_a_hub_name(name, model_directories, tmp_path, m
         ("/nowhere/model", "model='/nowhere/model': no such directory.*Allowed"),
         ("./nowhere", "no such directory"),
         ("a/b/c", "no such directory"),
-        ("gpt2", "HF_HUB_OFFLINE is set"),
+        ("distilgpt2", "HF_HUB_OFFLINE is set, and the hub cache does not hold it"),
         ("openai-community/gpt2@main", "HF_HUB_OFFLINE is set"),
+        (
+            "pyton-lm",
+            r"no such directory \(did you mean 'python-lm'\?\); if you mean a model of the hub, name its organisation",
+        ),
+        ("my_modle", r"no such directory \(did you mean 'my_model'\?\)"),
+        ("./my_modle", r"no such directory \(did you mean 'my_model'\?\)"),
+        ("runs/my_modle", r"no such directory \(did you mean 'my_model'\?\)"),
+        ("file.txt", "it is a file, not a directory"),
     ],
 )
 def test_a_model_that_is_not_there(model, message, monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").touch()
+    for directory in ("my_model", "runs/my_model"):
+        (tmp_path / directory).mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=message):
         load_language_model(model, device="cpu")
+
+
+@pytest.mark.parametrize("model", [None, 3, "", ["python-lm"]])
+def test_a_model_that_is_no_name(model):
+    with pytest.raises(ValueError, match="model=.*: it has to be 'python-lm', a directory, or a hub name"):
+        load_language_model(model, device="cpu")
+
+
+def test_a_near_name_is_suggested_without_the_network(network):
+    """Already where a run is identified, before any kernel starts."""
+    for use in (load_language_model, model_hash):
+        with pytest.raises(FileNotFoundError, match="did you mean 'python-lm'"):
+            use("pyton-lm")
+    assert not network
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine that holds one model, `org/pickled`, without safetensors."""
+    import http.server
+    import threading
+
+    import huggingface_hub.constants
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path.startswith("/api/models/org/pickled")
+            files = [{"rfilename": "config.json"}, {"rfilename": "pytorch_model.bin"}]
+            body = json.dumps({"id": "org/pickled", "sha": 40 * "a", "siblings": files}).encode()
+            self.send_response(200 if found else 404)
+            if not found:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(huggingface_hub.HfApi, "__init__", endpoint(f"http://127.0.0.1:{server.server_port}"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def endpoint(url):
+    """HfApi.__init__ with another address: the one that it knows was read when it was imported."""
+    import huggingface_hub
+
+    own = huggingface_hub.HfApi.__init__
+    return lambda self, endpoint=None, **kwargs: own(self, endpoint=url, **kwargs)
+
+
+def test_the_hub_does_not_have_it_or_cannot_be_reached(hub):
+    start = time.monotonic()
+    with pytest.raises(FileNotFoundError, match="model='org/nothing': no such directory, and the hub does not have it"):
+        load_language_model("org/nothing", device="cpu")
+    with pytest.raises(ValueError, match="model='org/pickled': the hub has no safetensors of it.*python -c"):
+        load_language_model("org/pickled", device="cpu")
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(FileNotFoundError, match="the hub cannot be reached.*and the hub cache does not hold it"):
+        load_language_model("org/nothing", device="cpu")
+    assert time.monotonic() - start < 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are not loaded
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def directory(model_directories, tmp_path):
+    return shutil.copytree(model_directories["gpt2"], tmp_path / "model")
+
+
+def save_pickle(directory, shards=1):
+    """The model's weights as transformers 4 wrote them, in place of the safetensors."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    if shards == 1:
+        torch.save(tensors, directory / "pytorch_model.bin")
+        return
+    files = {name: f"pytorch_model-0000{i % shards + 1}-of-0000{shards}.bin" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        torch.save({n: tensors[n] for n in names if files[n] == file}, directory / file)
+    index = {"metadata": {}, "weight_map": files}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_that_are_not_safetensors_are_refused_with_a_command_that_converts_them(directory, shards, monkeypatch):
+    expected = load_language_model(str(directory), device="cpu")(torch.arange(5)[None])
+    save_pickle(directory, shards)
+    for use in (model_hash, lambda path: load_language_model(path, device="cpu")):
+        with pytest.raises(
+            ValueError, match=r"model: its weights \(pytorch_model.*\.bin\) are not safetensors"
+        ) as said:
+            use(str(directory))
+    command = re.search(r'python -c "(.*)" and use', str(said.value))[1]
+    monkeypatch.chdir(directory.parent)
+    exec(command, {})
+    lm = load_language_model("model-safetensors", device="cpu")
+    torch.testing.assert_close(lm(torch.arange(5)[None]), expected)
+
+
+@pytest.mark.parametrize("file", ["model.pt", "model.ckpt", "tf_model.h5", "flax_model.msgpack", "model.gguf"])
+def test_other_formats_are_refused_too(directory, file):
+    (directory / "model.safetensors").rename(directory / file)
+    for use in (model_hash, lambda path: load_language_model(path, device="cpu")):
+        with pytest.raises(ValueError, match=f"model: its weights \\({file}\\) are not safetensors"):
+            use(str(directory))
+
+
+def test_of_two_formats_only_safetensors_are_read(directory):
+    """The pickle beside them would stop whoever opened it."""
+    (directory / "pytorch_model.bin").write_bytes(b"not a pickle")
+    before = model_hash(str(directory))
+    load_language_model(str(directory), device="cpu")
+    (directory / "pytorch_model.bin").unlink()
+    assert model_hash(str(directory)) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("modeling_gpt2.py", r"model holds code \(modeling_gpt2.py\), which is never run"),
+        ("adapter_config.json", "model holds an adapter. Merge it"),
+    ],
+)
+def test_code_and_adapters_are_refused(directory, file, message):
+    (directory / file).write_text("{}")
+    for use in (model_hash, lambda path: load_language_model(path, device="cpu")):
+        with pytest.raises(ValueError, match=message):
+            use(str(directory))
+
+
+def test_the_hash_covers_all_that_determines_the_result(directory):
+    """Every shard and the index, configuration, and tokenizer; not what generation or training left there."""
+    shard(directory)
+    seen = [model_hash(str(directory))]
+    for file in sorted(directory.iterdir()):
+        if file.name != "generation_config.json":
+            file.write_bytes(file.read_bytes() + b" ")
+            seen.append(model_hash(str(directory)))
+    assert len(set(seen)) == len(seen) == 7
+    for name in ("generation_config.json", "training.json", "optimizer.pt", "README.md"):
+        (directory / name).write_text("{}")
+    assert model_hash(str(directory)) == seen[-1]
+
+
+def shard(directory):
+    """Write the model anew in two shards and an index."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    (directory / "model.safetensors").unlink()
+    model.save_pretrained(directory, max_shard_size="45KB")
+    assert len(list(directory.glob("model-*.safetensors"))) == 2
+
+
+def damage(directory, kind):
+    weights = directory / "model.safetensors"
+    raw, tensors = weights.read_bytes(), load_file(weights)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(raw[:-100])
+    elif kind == "foreign":
+        weights.write_bytes(b"<html>not found</html>" * 9)
+    elif kind == "empty":
+        weights.write_bytes(b"")
+    elif kind == "shape":
+        save_file(tensors | {"transformer.wte.weight": torch.zeros(299, 16)}, weights, {"format": "pt"})
+    elif kind == "tensor":
+        save_file(
+            {k: v for k, v in tensors.items() if k != "transformer.h.1.mlp.c_fc.weight"}, weights, {"format": "pt"}
+        )
+    elif kind == "nan":
+        tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] = torch.nan
+        save_file(tensors, weights, {"format": "pt"})
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "no tokenizer":
+        (directory / "tokenizer.json").unlink()
+    elif kind == "tokenizer":
+        (directory / "tokenizer.json").write_text("{")
+    elif kind == "config":
+        (directory / "config.json").write_text("{")
+    elif kind == "no settings":
+        (directory / "config.json").write_text("[]")
+    elif kind == "family":
+        (directory / "config.json").write_text('{"model_type": "gpt99"}')
+    elif kind == "missing shard":
+        shard(directory)
+        (directory / second).unlink()
+    elif kind == "shard elsewhere":  # no hash would cover it
+        shard(directory)
+        (directory / second).rename(directory.parent / second)
+        index = directory / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace(second, f"../{second}"))
+    elif kind == "swapped shard":
+        shard(directory)
+        (directory / second).write_bytes((directory / first).read_bytes())
+    elif kind in ("bit", "tail"):
+        write_sums(directory)
+        changed = bytearray(raw)
+        changed[-1000] ^= 4
+        weights.write_bytes(changed if kind == "bit" else raw[:-64] + bytes(64))
+    elif kind == "not listed":
+        write_sums(directory)
+        sums = directory / "SHA256SUMS"
+        sums.write_text("".join(line for line in sums.open() if "safetensors" not in line))
+    elif kind == "no sums":
+        (directory / "SHA256SUMS").write_text("hello\n")
+    elif kind == "lost":
+        write_sums(directory)
+        (directory / "tokenizer_config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("truncated", r"model/model\.safetensors is truncated or no safetensors file"),
+        ("foreign", r"model/model\.safetensors is truncated or no safetensors file"),
+        ("empty", r"model/model\.safetensors is truncated or no safetensors file"),
+        (
+            "shape",
+            r"model: the weights do not fit config\.json in transformer\.wte\.weight, \[299, 16\] and not \[300, 16\]",
+        ),
+        ("tensor", r"model: the weights have no tensor transformer\.h\.1\.mlp\.c_fc\.weight \(1 such in all\)"),
+        ("nan", r"model: transformer\.h\.1\.mlp\.c_fc\.weight holds NaN or infinity as float32"),
+        ("no weights", r"model: no model\.safetensors, nor an index of shards"),
+        ("no tokenizer", r"no tokenizer in .*/model: save one there \(tokenizer\.save_pretrained\)"),
+        ("tokenizer", r"model/tokenizer\.json is not valid JSON"),
+        ("config", r"model/config\.json is not valid JSON"),
+        ("no settings", r"model/config\.json holds a list and no settings"),
+        ("family", r"model='.*model': TransformerLens \S+ cannot run it \(family 'gpt99'; "),
+        (
+            "missing shard",
+            r"model-00002-of-00002\.safetensors is missing, and model\.safetensors\.index\.json names it",
+        ),
+        (
+            "shard elsewhere",
+            r"\.\./model-00002-of-00002\.safetensors is missing, and model\.safetensors\.index\.json names it",
+        ),
+        ("swapped shard", r"model-00002-of-00002\.safetensors has no tensor .*it is another model's"),
+        ("bit", r"model/model\.safetensors is damaged: its bytes are not those that .*SHA256SUMS names"),
+        ("tail", r"model/model\.safetensors is damaged: its bytes are not those that .*SHA256SUMS names"),
+        ("not listed", r"SHA256SUMS has no line for model\.safetensors"),
+        ("no sums", r"SHA256SUMS has a line that sha256sum does not write"),
+        ("lost", r"tokenizer_config\.json is missing: it is one that .*SHA256SUMS names"),
+    ],
+)
+def test_damaged_files_are_named(directory, kind, message):
+    damage(directory, kind)
+    with pytest.raises(ValueError, match=message):
+        load_language_model(str(directory), device="cpu")
+
+
+def test_the_built_in_model_is_verified(tmp_path, monkeypatch):
+    shutil.copytree(files.ASSETS / "python-lm", tmp_path / "python-lm")
+    monkeypatch.setattr(files, "ASSETS", tmp_path)
+    weights = tmp_path / "python-lm/model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_language_model("python-lm", device="cpu")
+
+
+def test_the_hub_cache_is_verified(directory, tmp_path, monkeypatch):
+    """Its large files are links to files named by their SHA-256."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    store = tmp_path / "hub/models--org--tiny"
+    snapshot = store / "snapshots" / (40 * "b")
+    for path in (store / "blobs", store / "refs", snapshot):
+        path.mkdir(parents=True)
+    (store / "refs/main").write_text(40 * "b")
+    for file in directory.iterdir():
+        blob = store / "blobs" / file_hash(file, length=64 if file.suffix == ".safetensors" else 40)
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(blob)
+    load_language_model("org/tiny", device="cpu")
+    weights = (snapshot / "model.safetensors").resolve()
+    weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is damaged: its bytes are not those that its name in the hub cache"
+    ):
+        load_language_model("org/tiny", device="cpu")
+
+
+def test_weights_that_config_has_no_place_for_are_said(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    with pytest.warns(
+        UserWarning, match=r"model: 6 tensors of the weights have no place in config.json, such as .*h\.2\."
+    ):
+        load_language_model(str(directory), device="cpu")
 
 
 def test_a_directory_without_config(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_language_model(str(tmp_path))
-    monkeypatch.setattr(lm_module, "ASSETS", tmp_path)
+    monkeypatch.setattr(files, "ASSETS", tmp_path)
     with pytest.raises(FileNotFoundError, match="model='python-lm': no config.json"):
         load_language_model("python-lm")
 
@@ -354,17 +818,36 @@ def test_devices():
         for device in ("cuda", "cuda:0"):
             with pytest.raises(ValueError, match=f"device='{device}': this torch sees no CUDA GPU"):
                 load_language_model("gpt2", device=device)
+    for device in ("gpu", None, -1, "meta", torch.float32):
+        with pytest.raises(ValueError, match=r"device=.*Allowed here: 'auto', 'cpu'"):
+            load_language_model("gpt2", device=device)
 
 
 def test_dtype(model_directories, text):
-    lm = load_language_model(str(model_directories["gpt2"]), device="cpu", dtype="bfloat16")
+    lm = load_language_model(str(model_directories["gpt2"]), device=torch.device("cpu"), dtype=torch.bfloat16)
     name = "blocks.1.hook_resid_pre"
     x = run_prefix(lm, text, [name])[name]
     assert x.dtype == torch.bfloat16
     assert run_spliced(lm, text, name, x.float()).dtype == torch.bfloat16
-    for dtype in ("float31", "nn"):
-        with pytest.raises(ValueError, match=f"dtype='{dtype}' is no type of torch"):
-            load_language_model(str(model_directories["gpt2"]), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (
+            "float31",
+            r"'float31' is no type for a language model \(did you mean 'float32'\?\): allowed are 'float32', 'bf",
+        ),
+        ("fp16", "did you mean 'float16'"),
+        ("bf16", "did you mean 'bfloat16'"),
+        ("nn", "allowed are 'float32'"),
+        (torch.int8, "dtype=torch.int8 is no type"),
+        (None, "dtype=None is no type"),
+    ],
+)
+def test_dtypes_that_there_are_not(dtype, message):
+    with pytest.raises(ValueError, match=message):
+        load_language_model(dtype=dtype)
 
 
 def test_unknown_hooks_list_near_ones(lm, text):
@@ -372,8 +855,36 @@ def test_unknown_hooks_list_near_ones(lm, text):
         run_prefix(lm, text, ["blocks.1.hook_resid_per"])
     with pytest.raises(ValueError, match=r"Near ones: .*blocks\.2\.hook_mlp_out"):
         run_spliced(lm, text, "blocks.3.hook_mlp_out", lambda x: x)
-    with pytest.raises(ValueError, match="Near ones: .*hook_"):
-        check_hook(lm, "")
+    for name in ("", None, 3, "blocks.*.hook_mlp_out"):
+        with pytest.raises(ValueError, match="Near ones: .*hook_"):
+            check_hook(lm, name)
+    for name in ("transformer.h.1.mlp", "model.layers.1", "blocks.9.hook_mlp_out", "blocks.-1.hook_mlp_out"):
+        with pytest.raises(ValueError, match=r"whose 3 layers are blocks\.0 to blocks\.2\. Near ones: blocks"):
+            check_hook(lm, name)
+    with pytest.raises(ValueError, match="lm is str: it has to be a model that load_language_model returned"):
+        check_hook("python-lm", HOOKS[0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.full((1, 4), 300), "holds token 300, and the model's vocabulary has 300"),
+        (torch.tensor([[1, -1]]), "holds token -1, and"),
+        (torch.ones(1, 4), r"tokens are torch.float32 \[1, 4\]: they have to be whole numbers \[batch, n_ctx\]"),
+        (torch.ones(4, dtype=torch.long), r"tokens are torch.int64 \[4\]"),
+        (torch.ones(0, 4, dtype=torch.long), r"tokens are torch.int64 \[0, 4\]"),
+        ([[1, 2]], "tokens are list"),
+    ],
+)
+def test_tokens_that_are_none_of_this_model(tokens, message, tiny_gpt2):
+    hook = "blocks.1.hook_resid_pre"
+    for run in (
+        lambda: run_prefix(tiny_gpt2, tokens, [hook]),
+        lambda: run_spliced(tiny_gpt2, tokens, hook, lambda x: x),
+        lambda: run_with_gradient(tiny_gpt2, tokens, [hook], hook),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run()
 
 
 def test_a_hook_that_is_not_one_vector_a_token(tiny_gpt2, text):

@@ -94,23 +94,79 @@ def test_a_latent_is_set_with_the_error_kept_or_dropped(sae):
 
 
 def test_what_cannot_be_steered_is_said(tiny_gpt2, rows, sae):
-    with pytest.raises(ValueError, match="latent 40: this SAE has latents 0 to 39"):
+    with pytest.raises(ValueError, match="latents: 40 is outside this SAE; allowed are 0 to 39"):
         SetLatent(sae, [3, 40])
     sae.tokens_since_fired[5], sae.dead_after = 100, 50
     with pytest.raises(ValueError, match="latent 5 is dead"):
         SetLatent(sae, [4, 5])
-    with pytest.raises(ValueError, match="position 10 is outside the context: allowed are 0 to 9"):
+    with pytest.raises(ValueError, match="positions: 10 is outside the context; allowed are 0 to 9"):
         next(steer(tiny_gpt2, rows, HOOK, Add(torch.ones(1, 16)), positions=[10]))
-    with pytest.raises(ValueError, match="position -1 is outside the context: allowed are 0 to 9"):
+    with pytest.raises(ValueError, match="at: -1 is outside the context; allowed are 0 to 9"):
         effects(tiny_gpt2, rows, HOOK, Add(torch.ones(1, 16)), torch.tensor([[5]]), at=[-1])
-    with pytest.raises(ValueError, match="position 12 is outside the context: allowed are 0 to 11"):
+    with pytest.raises(ValueError, match="positions: 12 is outside the context; allowed are 0 to 11"):
         generate(tiny_gpt2, rows, 2, HOOK, Add(torch.ones(1, 16)), positions=[12])
-    with pytest.raises(ValueError, match="latent -1: this SAE has latents 0 to 39"):
+    with pytest.raises(ValueError, match="latents: -1 is outside this SAE; allowed are 0 to 39"):
         SetLatent(sae, [-1])
     with pytest.raises(ValueError, match="more than the model's context of 32"):
         generate(tiny_gpt2, rows, 23, HOOK, Add(torch.ones(1, 16)))
     with pytest.raises(ValueError, match="contexts for 2 interventions, but there are 3"):
         next(steer(tiny_gpt2, np.stack([rows, rows]), HOOK, Add(torch.ones(3, 16))))
+
+
+ONE = torch.ones(1, 16)
+TARGET = torch.tensor([[5]])
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda lm, rows, sae: SetLatent(sae, [1.5]), r"latents=\[1.5\]: they have to be whole numbers from 0 to 39"),
+        (lambda lm, rows, sae: SetLatent(sae, [True]), "latents=.*whole numbers from 0 to 39, at least one"),
+        (lambda lm, rows, sae: SetLatent(sae, []), r"latents=\[\]: .*at least one"),
+        (lambda lm, rows, sae: SetLatent(sae, "one"), "latents='one'"),
+        (lambda lm, rows, sae: SetLatent(sae, [1, 2], [1.0, 2.0, 3.0]), "3 values for 2 latents"),
+        (lambda lm, rows, sae: SetLatent(sae, [1], float("nan")), "values=.*nan.*finite number"),
+        (lambda lm, rows, sae: Add(torch.ones(16)), r"directions are torch.float32 \[16\]: .* finite tensor \[n, d_in\]"),
+        (lambda lm, rows, sae: Add([[1.0]]), "directions are list"),
+        (lambda lm, rows, sae: Add(ONE * torch.nan), "directions are .* finite tensor"),
+        (lambda lm, rows, sae: next(steer(lm, rows, HOOK, Add(torch.ones(1, 1)))), "1 wide, and x at this hook is 16 wide"),
+        (lambda lm, rows, sae: next(steer(lm, rows, HOOK, Add(ONE), positions=[])), r"positions=\[\]"),
+        (lambda lm, rows, sae: next(steer(lm, rows, HOOK, Add(ONE), positions=[1.5])), r"positions=\[1.5\]"),
+        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), TARGET, at=[]), r"at=\[\]"),
+        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), torch.tensor([[300]])), "targets: 300 is outside the vocab"),
+        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), torch.tensor([[-1]])), "targets: -1 is outside the vocab"),
+        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), torch.tensor([5])), r"targets have shape \[1\]"),
+        (lambda lm, rows, sae: effects(lm, rows, HOOK, Add(ONE), TARGET, also={"a": TARGET + 300}), "targets: 305"),
+        (lambda lm, rows, sae: latent_effects(lm, rows, HOOK, ONE, 1.0, tokens=torch.tensor([300])), "targets: 300"),
+        (lambda lm, rows, sae: latent_effects(lm, rows, HOOK, ONE, float("nan")), "norm=nan"),
+        (lambda lm, rows, sae: next(steer(lm, rows + 300, HOOK, Add(ONE))), "another tokenizer's"),
+        (lambda lm, rows, sae: next(steer(lm, rows[0], HOOK, Add(ONE))), "rows are int64 .*tokens .contexts, n_ctx"),
+        (lambda lm, rows, sae: next(steer(lm, rows * 1.0, HOOK, Add(ONE))), "tokens are float64"),
+        (lambda lm, rows, sae: generate(lm, rows, 2, HOOK, Add(ONE), temperature=-1), "temperature=-1: .*at least 0"),
+        (lambda lm, rows, sae: generate(lm, rows, 2, HOOK, Add(ONE), seed=-1), "seed=-1"),
+        (lambda lm, rows, sae: generate(lm, rows, 0, HOOK, Add(ONE)), "n_new=0"),
+        (lambda lm, rows, sae: generate(lm, rows - 1, 2.0, HOOK, Add(ONE)), "n_new=2.0"),
+        (lambda lm, rows, sae: generate(lm, 0 * rows - 1, 2, HOOK, Add(ONE)), "holds token -1"),
+        (lambda lm, rows, sae: generation_nats(lm, torch.from_numpy(rows)[None], 0), "n_prompt=0: .* from 1 to 9"),
+        (lambda lm, rows, sae: generation_nats(lm, torch.from_numpy(rows)[None], 10), "n_prompt=10"),
+        (lambda lm, rows, sae: breaks_at([0, 2, 1], [1, 2, 3]), "they have to rise"),
+        (lambda lm, rows, sae: breaks_at([0, 1], [1, 2, 3]), "2 strengths for 3 losses"),
+    ],
+)  # fmt: skip
+def test_values_that_mean_nothing_are_named(tiny_gpt2, rows, sae, use, message):
+    with pytest.raises(ValueError, match=message):
+        use(tiny_gpt2, rows, sae)
+
+
+def test_indices_of_any_type_and_plain_lists_of_tokens(tiny_gpt2, rows, sae):
+    wanted = next(steer(tiny_gpt2, rows, HOOK, SetLatent(sae, [1, 2], 3.0), [4, 5], [6]))[2]
+    for latents, positions, tokens in [
+        (np.array([1, 2]), {4, 5}, rows.astype(np.uint16)),
+        (torch.tensor([1, 2], dtype=torch.int32), range(4, 6), rows.tolist()),
+        (range(1, 3), torch.tensor([4, 5]), torch.from_numpy(rows).int()),
+    ]:
+        found = next(steer(tiny_gpt2, tokens, HOOK, SetLatent(sae, latents, 3), positions, np.array([6])))[2]
+        assert torch.equal(found, wanted)
 
 
 @torch.no_grad()
