@@ -236,9 +236,7 @@ def config_of(model: str) -> dict:
         "n_ctx": ("n_positions", "max_position_embeddings"),
         "d_vocab": ("vocab_size",),
     }
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise ValueError(f"model={model!r}: {file} is no configuration of a model")
+    config = read_table(file)
     found = {key: next((config[name] for name in of_key if name in config), None) for key, of_key in names.items()}
     return {key: value for key, value in found.items() if type(value) is int and value > 0}
 
@@ -314,12 +312,7 @@ class Run:
 
     @property
     def metrics(self) -> dict:
-        found = read_json(self.dir / "metrics.json")
-        if not isinstance(found, dict):
-            raise ValueError(
-                f"{self.dir / 'metrics.json'} holds no metrics: the file is damaged or not ours. Delete it."
-            )
-        return found
+        return read_table(self.dir / "metrics.json")
 
     def sae(self, name):
         """One of the SAEs that the run saved, by its name."""
@@ -492,9 +485,7 @@ def run_at(directory) -> Run:
     OSError or ValueError, with the path, if its manifest or metrics are missing, damaged, incomplete or another run's.
     """
     path = Path(directory) / "manifest.json"
-    manifest = read_json(path)
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path} is no manifest of a run: the file is damaged or not ours. Delete it.")
+    manifest = read_table(path)
     kinds = MANIFEST | ({"wall_seconds": (int, float)} if manifest.get("finished") else {})
     wrong = [key for key, kind in kinds.items() if key not in manifest or not isinstance(manifest[key], kind)]
     made_by = [*manifest["requires"].values()] if "requires" not in wrong else []
@@ -504,10 +495,16 @@ def run_at(directory) -> Run:
         raise ValueError(f"{path}: {', '.join(wrong)} missing or damaged. Delete it, and the run will be made again.")
     if (manifest["notebook"], manifest["run_id"]) != (path.parent.parent.name, path.parent.name):
         raise ValueError(f"{path} is of {manifest['notebook']!r}, run {manifest['run_id']!r}: it does not belong here")
-    run = Run(directory, manifest)
     if manifest["finished"]:
-        run.metrics
-    return run
+        read_table(path.with_name("metrics.json"))
+    return Run(directory, manifest)
+
+
+def read_table(path: Path) -> dict:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object: the file is damaged or not ours. Delete it.")
+    return found
 
 
 def whole_run(directory) -> Run | None:

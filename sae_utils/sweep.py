@@ -104,7 +104,7 @@ def sweep(plan, keep_stale: bool = False, engine: str = "local", gpus: float = 1
             failures[at] = error
         else:
             done = runs.find_run(name, params, needs_saes=False)
-            shown = (minutes(done), key_metrics(done), done.dir) if done else ("", "damaged or gone meanwhile", "")
+            shown = (minutes_of(done), key_metrics(done), done.dir) if done else ("", "damaged or gone meanwhile", "")
             rows[at] = label(name, params), *shown
         print(f"[{ended}/{len(plan)}] {label(name, params)}: {outcome}, {minutes:.1f} min", flush=True)
     print()
@@ -168,7 +168,7 @@ def key_metrics(done: Run, n: int = 3) -> str:
     return " ".join(f"{name}={numbers[name]:.4g}" for name in names)
 
 
-def minutes(done: Run) -> str:
+def minutes_of(done: Run) -> str:
     return f"{done.manifest['wall_seconds'] / 60:.1f}"
 
 
@@ -183,7 +183,7 @@ def listed(name: str = "", output_dir: str = "") -> list[tuple]:
                 state = f"stale ({why})" if (why := done.stale()) else "finished"
                 made = runs.made_on(done.manifest)
                 rows.append(
-                    (label(done.name, done.parameters), key_metrics(done), minutes(done), made, state, directory)
+                    (label(done.name, done.parameters), key_metrics(done), minutes_of(done), made, state, directory)
                 )
         except DAMAGED as error:
             rows.append((directory.parent.name, "", "", "", f"damaged ({in_words(error)})", directory))
