@@ -44,9 +44,9 @@ def test_a_name_that_is_not_there_is_said_with_those_that_are():
     with pytest.raises(KeyError, match="'x/yy' .did you mean 'y'.*at 'yy' there are y"):
         read({"x": {"y": 1}}, "x/yy")
     for metrics, value in (({"x": [5]}, "x/1"), ({"x": [5]}, "x/y"), ({"x": 1}, "x/y"), ({"x": None}, "x/y")):
-        with pytest.raises(KeyError, match=f"metrics have no '{value}'"):
+        with pytest.raises(KeyError, match=f"metrics has no '{value}'"):
             read(metrics, value)
-    with pytest.raises(TypeError, match="'x' of the metrics is no number, but a dict"):
+    with pytest.raises(TypeError, match="'x' of metrics is no number, but a dict"):
         read({"x": {}}, "x")
 
 
@@ -301,7 +301,7 @@ def test_readme_claims_and_manifests_agree():
     of_text = {(claim.paper, claim.claim): claim for claim in CLAIMS}
     for row in rows:
         of_seed = {
-            run.manifest["seed"]: run for run in (claims.run_at(HOME / "runs" / run_id) for run_id in row["run_ids"])
+            run.manifest["seed"]: run for run in (runs.run_at(HOME / "runs" / run_id) for run_id in row["run_ids"])
         }
         assert all(run.manifest["finished"] for run in of_seed.values())
         assert len({claims.version(run.manifest) for run in of_seed.values()}) == 1
