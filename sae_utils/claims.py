@@ -63,7 +63,9 @@ def by_seed(of_all_versions) -> dict[str, dict[int, runs.Run]]:
     """{notebook: {seed: run}} of the version that has most seeds; of equally many, that of the earliest run in the list."""
     versions: dict[str, dict[str, dict]] = {}
     for run in of_all_versions:
-        versions.setdefault(run.name, {}).setdefault(version(run.manifest), {}).setdefault(run.manifest["seed"], run)
+        if run.manifest["seed"] is not None:
+            of_version = versions.setdefault(run.name, {})
+            of_version.setdefault(version(run.manifest), {}).setdefault(run.manifest["seed"], run)
     return {name: max(of_version.values(), key=len) for name, of_version in versions.items()}
 
 
@@ -269,9 +271,10 @@ def main(argv=None) -> int:
         print("usage: python -m sae_utils.claims [collect [SWEEP.toml]]", file=sys.stderr)
         return 2
     try:
-        rows = collect(*argv[1:]) if argv else evaluate(reference_runs())
-        if argv:
-            collect_laptop()
+        with runs.plain_warnings():
+            rows = collect(*argv[1:]) if argv else evaluate(reference_runs())
+            if argv:
+                collect_laptop()
     except (KeyError, TypeError, ValueError, OSError) as error:
         print(f"error: {runs.in_words(error)}", file=sys.stderr)
         return 2

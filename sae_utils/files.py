@@ -102,7 +102,7 @@ def model_hash(model: str) -> str:
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged or not ours. Delete it.") from None
 
 

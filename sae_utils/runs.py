@@ -52,7 +52,7 @@ TYPES = re.compile(r"(bool|int|float|str|list|dict)|list\[(bool|int|float|str)\]
 PACKAGES = ["torch", "transformer-lens", "transformers", "numpy", "sae-utils"]
 FIGURE_DPI = 130  # a 7-inch figure fills the width of a README
 KERNEL_WAIT = 10  # seconds; the kernel of a killed sweep outlives it by one or two
-DAMAGED = (OSError, ValueError, RecursionError)  # what reading a damaged file raises
+DAMAGED = (OSError, ValueError)  # what reading a damaged file raises
 MANIFEST = dict(  # what every manifest holds; a finished run's has also `wall_seconds`
     notebook=str, run_id=str, parameters=dict, seed=(int, type(None)), finished=bool, requires=dict, code=str, sources=dict
 )  # fmt: skip
@@ -488,6 +488,8 @@ def run_at(directory) -> Run:
     manifest = read_table(path)
     kinds = MANIFEST | ({"wall_seconds": (int, float)} if manifest.get("finished") else {})
     wrong = [key for key, kind in kinds.items() if key not in manifest or not isinstance(manifest[key], kind)]
+    if "parameters" not in wrong and manifest.get("seed") != manifest["parameters"].get("seed"):
+        wrong.append("seed")
     made_by = [*manifest["requires"].values()] if "requires" not in wrong else []
     if not all(isinstance(one, dict) and {"sources", "code"} <= set(one) for one in made_by):
         wrong.append("requires")
@@ -516,6 +518,15 @@ def whole_run(directory) -> Run | None:
     except DAMAGED as error:
         warnings.warn(f"{in_words(error)} (This run counts as missing.)")
         return None
+
+
+@contextlib.contextmanager
+def plain_warnings():
+    """Warnings as lines of a command's output, each once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("once", category=UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr, flush=True)
+        yield
 
 
 def in_words(error: Exception) -> str:

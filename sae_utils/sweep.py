@@ -18,7 +18,6 @@ import shlex
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 from . import runs
@@ -227,8 +226,7 @@ def end_with(parent: int) -> None:
 def main(argv=None) -> int:
     """The command line; returns the exit code: 0, 1 when a run failed, 2 for a mistake in what was asked, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr, flush=True)
+    with runs.plain_warnings():
         try:
             return command(argv)
         except RunFailed as error:
