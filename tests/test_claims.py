@@ -175,6 +175,80 @@ def test_a_claim_without_runs_has_no_row(reference):
     assert claims.evaluate(found(reference), [CLAIM]) == []
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("manifest.json", "[]"),
+        ("manifest.json", "{"),
+        ("manifest.json", None),
+        ("manifest.json", '{"notebook": "01_toy", "finished": true}'),
+        ("metrics.json", "[1]"),
+        ("metrics.json", None),
+        ("metrics.json", '{"a": 1.0}'),
+        ("metrics.json", '{"a": 1.0, "b": "text"}'),
+    ],
+)
+def test_a_damaged_reference_run_costs_one_row_and_is_named(reference, monkeypatch, capsys, name, content):
+    """Of a damaged one the seed is lost, of one without a number the claims that need it."""
+    monkeypatch.setattr(claims, "SWEEP", reference.parents[1] / "sweep.toml")
+    monkeypatch.setattr(
+        claims, "CLAIMS", [CLAIM, CLAIM._replace(claim="a is positive", value="a", controls={}, also={})]
+    )
+    for seed in range(1, 6):
+        committed(reference, seed, {"a": 1.0, "b": 2.0})
+    damaged = reference / "01_toy" / "c5" / name
+    damaged.unlink()
+    damaged.write_text(content) if content else damaged.mkdir()
+    monkeypatch.setattr(claims, "reference_runs", lambda: claims.by_seed(claims.committed()))
+    assert claims.main([]) == 0
+    out, err = capsys.readouterr()
+    assert "| a is positive | 1 [1, 1] |" in out and err.startswith("warning: ") and str(damaged) in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", ["notebook", "run_id"])
+@pytest.mark.parametrize("value", ["../../victim", "{tmp}/victim", "..", ".", "", "a\0b", "c1/../../../victim"])
+def test_a_crafted_manifest_makes_nothing_change_elsewhere(reference, tmp_path, monkeypatch, field, value):
+    monkeypatch.setattr(claims, "CLAIMS", [CLAIM])
+    (tmp_path / "README.md").write_text("")
+    for directory in ("victim", "victim/01_toy", "reference/victim"):
+        (tmp_path / directory / "c9").mkdir(parents=True)
+        for file in ("manifest.json", "metrics.json", "keep.txt"):
+            (tmp_path / directory / "c9" / file).write_text("theirs")
+    for seed in range(1, 5):
+        committed(reference, seed, {"a": 1.0, "b": 2.0})
+    manifest = reference / "01_toy" / "c1" / "manifest.json"
+    write_json(manifest, read_json(manifest) | {field: value.format(tmp=tmp_path)})
+    before = everything(tmp_path)
+    with pytest.warns(UserWarning, match="does not belong here"):
+        claims.collect(tmp_path / "sweep.toml", tmp_path / "README.md")
+    written = {"reference/claims.json", "reference/claims.md", "README.md"}
+    gone = {"reference/runs/01_toy/c1/manifest.json", "reference/runs/01_toy/c1/metrics.json"}  # no run of this version
+    assert {path: text for path, text in everything(tmp_path).items() if path not in written} == {
+        path: text for path, text in before.items() if path not in written | gone
+    }
+
+
+def everything(directory):
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_text() for path in files}
+
+
+def test_collecting_passes_over_stray_files(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", [CLAIM])
+    (tmp_path / "README.md").write_text("")
+    for seed in range(1, 5):
+        committed(reference, seed, {"a": 1.0, "b": 2.0})
+    committed(reference, 1, {"a": 1.0, "b": 2.0}, code="old")
+    strays = [reference / "notes.txt", reference / "01_toy" / ".DS_Store", reference / "01_toy" / "mine" / "x.txt"]
+    for stray in strays:
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_text("mine")
+    claims.collect(tmp_path / "sweep.toml", tmp_path / "README.md")
+    assert all(stray.read_text() == "mine" for stray in strays)
+    assert not (reference / "01_toy" / "old1").exists(), "a run of another version is replaced"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A sweep, collected
 # ---------------------------------------------------------------------------------------------------------------------
