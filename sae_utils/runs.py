@@ -10,6 +10,7 @@ Imports no torch, so that the sweep runner can use it.
 
 import ast
 import contextlib
+import difflib
 import functools
 import importlib.metadata
 import math
@@ -35,6 +36,7 @@ from .files import (
     ASSETS,
     BUILTIN_MODEL,
     OUTPUTS,
+    PACKAGE,
     ROOT,
     code_hash,
     digest,
@@ -58,6 +60,7 @@ MANIFEST = dict(  # what every manifest holds; a finished run's has also `wall_s
 )  # fmt: skip
 BLOCK_HOOKS = """hook_in hook_out hook_resid_pre hook_resid_mid hook_resid_post hook_attn_in hook_attn_out hook_mlp_in hook_mlp_out
     hook_q_input hook_k_input hook_v_input""".split()  # those of a block itself; those of its parts differ between models
+ALLOWED_MODELS = f"{BUILTIN_MODEL!r}, a Hugging Face directory, or a hub name owner/name[@revision]."
 _current = None
 
 
@@ -73,7 +76,7 @@ class Parameter(NamedTuple):
 
 def notebooks_dir() -> Path:
     """Where notebooks are: `$SAE_UTILS_NOTEBOOKS` (tests), or `notebooks/` of the repository."""
-    return Path(os.environ.get("SAE_UTILS_NOTEBOOKS") or ROOT / "notebooks").resolve()
+    return Path(os.environ.get("SAE_UTILS_NOTEBOOKS") or ROOT / "notebooks").expanduser().resolve()
 
 
 def notebook_path(name: str) -> Path:
@@ -127,7 +130,7 @@ def type_of(value) -> str:
 def checked(name, value, declared):
     """The value as papermill may pass it: numbers of NumPy become Python's, an int becomes a float where one is declared.
 
-    Raises TypeError if it has another type, ValueError if it is out of the range of `RULES`.
+    Raises TypeError if it has another type, ValueError for NaN, infinity and what is no text.
     """
     kind, _, element = declared.rstrip("]").partition("[")
     if kind == "bool" and is_bool(value):
@@ -141,11 +144,19 @@ def checked(name, value, declared):
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}, but {name} is declared {declared}")
     if kind == "str" and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         raise ValueError(f"{name}={value!r}: it has to be Unicode text without NUL")
-    if kind in ("int", "float", "str") and (rule := RULES.get(name.partition("[")[0])):
-        value = rule(name, value)
-    if kind == "list" and not value and name in RULES:
-        raise ValueError(f"{name}=[]: it needs at least one value")
     return [checked(f"{name}[{i}]", item, element) for i, item in enumerate(value)] if element else value
+
+
+def in_range(name, value):
+    """The value, each item of a list, as the rule of this name in `RULES` allows it; ValueError if it does not."""
+    rule = RULES.get(name)
+    if rule is None:
+        return value
+    if value == []:
+        raise ValueError(f"{name}=[]: it needs at least one value")
+    return (
+        [rule(f"{name}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else rule(name, value)
+    )
 
 
 def device_form(name, value) -> str:
@@ -201,6 +212,10 @@ def check_together(name: str, p: dict) -> dict:
         for key in ("k", "ks"):
             need(key, lambda v: np.max(v) <= widths[narrowest], most)
     need("coefficients", lambda v: len(v) > 1, "a sweep over them needs at least two values")
+    if (model := p.get("model", BUILTIN_MODEL)) != BUILTIN_MODEL and not (path := Path(model).expanduser()).is_dir():
+        guess = near(model, [BUILTIN_MODEL]) if difflib.get_close_matches(model, [BUILTIN_MODEL], cutoff=0.8) else ""
+        if guess or path.exists() or path.is_absolute() or model.startswith(".") or not 1 <= len(path.parts) <= 2:
+            raise FileNotFoundError(f"model={model!r}: no such directory{guess}. Allowed: {ALLOWED_MODELS}")
     shape = {} if p.get("retrain") else config_of(p.get("model", ""))
     n_layers, n_ctx = shape.get("n_layers"), shape.get("n_ctx")
     if n_layers and (found := re.match(r"blocks\.(\d+)\.", p.get("hook_name", ""))):
@@ -251,9 +266,9 @@ def declared(path, names) -> dict[str, Parameter]:
 
 
 def check_parameters(path, params) -> dict:
-    """Some of a notebook's parameters, checked: KeyError for a name it does not declare, else as `checked`."""
+    """Some of a notebook's parameters, checked: KeyError for a name it does not declare, else as `checked` and `in_range`."""
     known = declared(path, params)
-    return {name: checked(name, value, known[name].type) for name, value in params.items()}
+    return {name: in_range(name, checked(name, value, known[name].type)) for name, value in params.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,8 +278,9 @@ def check_parameters(path, params) -> dict:
 
 def input_hashes(params) -> dict:
     """Hashes of the text and of the language model that the parameters name, None where they name none."""
+    config = filter(None, [params.get("dataset_config")])
     return {
-        "corpus": corpus_hash(params["dataset"]) if "dataset" in params else None,
+        "corpus": corpus_hash(params["dataset"], *config) if "dataset" in params else None,
         "model": model_hash(params["model"]) if "model" in params else None,
     }
 
@@ -326,6 +342,9 @@ class Run:
             return f"made by other sae_utils sources ({changed})"
         if not same_code(self.name, self.manifest["code"]):
             return "its notebook has changed since"
+        for file, code in self.manifest.get("own_modules", {}).items():
+            if not Path(file).is_file() or hash_of_module(file) != code:
+                return f"{file}, which its notebook imports, has changed since"
         for required, made_by in self.manifest["requires"].items():
             name = required.partition("/")[0]
             if changed := changed_sources(made_by["sources"]):
@@ -365,7 +384,7 @@ class Run:
         loaded = {f"{module}{end}" for module in modules for end in (".py", "/__init__.py")}
         sources = {name: value for name, value in self.manifest["sources"].items() if name in loaded}
         seconds = round(time.monotonic() - self.started, 2)
-        self.manifest |= {"finished": True, "sources": sources, "wall_seconds": seconds}
+        self.manifest |= {"finished": True, "sources": sources, "own_modules": own_modules(), "wall_seconds": seconds}
         write_json(self.dir / "manifest.json", self.manifest)
         shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
         self.lock.release()
@@ -392,8 +411,22 @@ def asked_alike(name: str, made_by: dict) -> bool:
 
     try:
         return "asked" not in made_by or resolve(name, made_by["asked"]) == made_by["parameters"]
-    except (KeyError, TypeError, ValueError):  # one of them is no parameter any more
+    except (AttributeError, KeyError, TypeError, ValueError):  # one of them is no parameter any more
         return False
+
+
+def own_modules() -> dict[str, str]:
+    """{file: hash of its code} of the modules that this process loaded and that are neither installed nor of sae_utils."""
+    files = {getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]}
+    installed = re.compile(r"(site|dist)-packages")
+    theirs = [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, PACKAGE)]
+    own = [Path(file).resolve() for file in files if file.endswith(".py") and not installed.search(file)]
+    own = [file for file in own if file.is_file() and not any(file.is_relative_to(place) for place in theirs)]
+    return {str(file): hash_of_module(file) for file in sorted(own)}
+
+
+def hash_of_module(file) -> str:
+    return code_hash(Path(file).read_text(encoding="utf-8", errors="replace"))
 
 
 def changed_sources(made_by: dict) -> str:
@@ -491,8 +524,10 @@ def run_at(directory) -> Run:
     if "parameters" not in wrong and manifest.get("seed") != manifest["parameters"].get("seed"):
         wrong.append("seed")
     made_by = [*manifest["requires"].values()] if "requires" not in wrong else []
-    if not all(isinstance(one, dict) and {"sources", "code"} <= set(one) for one in made_by):
+    if not all(isinstance(one, dict) and isinstance(one.get("sources"), dict) and "code" in one for one in made_by):
         wrong.append("requires")
+    if not isinstance(manifest.get("own_modules", {}), dict):
+        wrong.append("own_modules")
     if wrong:
         raise ValueError(f"{path}: {', '.join(wrong)} missing or damaged. Delete it, and the run will be made again.")
     if (manifest["notebook"], manifest["run_id"]) != (path.parent.parent.name, path.parent.name):

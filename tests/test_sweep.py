@@ -209,6 +209,9 @@ def test_shards_partition_the_plan(notebook, tmp_path, capsys):
         ("hook_name", "blocks.6.hook_resid_pre", "01_toy: hook_name='blocks.6.hook_resid_pre': python-lm has layers 0 to 5"),
         ("hook_name", "blocks.3.hook_resid_prr", "the last part of hook_name='hook_resid_prr' (did you mean 'hook_resid_pre'?)"),
         ("hook_name", "transformer.h.3", "hook_name='transformer.h.3': a hook is named as in 'blocks.3.hook_resid_pre'"),
+        ("model", "pyton-lm", "model='pyton-lm': no such directory (did you mean 'python-lm'?). Allowed: 'python-lm', a"),
+        ("model", "./none", "model='./none': no such directory. Allowed"),
+        ("model", "FILE", "no such directory. Allowed"),
         ("dataset", "texs.txt", "dataset='texs.txt': no such file or directory"),
         ("dataset", "\udcff", "dataset='\\udcff': it has to be Unicode text"),
         ("output_dir", "FILE", "is a file, but runs need a directory"),
@@ -298,6 +301,8 @@ def test_a_damaged_file_costs_one_row_and_a_new_run_replaces_it(finished, notebo
     [
         {"sources": None},
         {"requires": {"01_toy/1": []}},
+        {"requires": {"01_toy/1": {"code": "", "sources": []}}},
+        {"own_modules": ["x.py"]},
         {"finished": 1},
         {"wall_seconds": "1"},
         {"run_id": "../../elsewhere"},
@@ -595,6 +600,20 @@ def test_a_run_is_stale_where_what_it_requires_would_now_be_another_run(notebook
     assert find_run("02_toy", params).stale() == ""
     notebook("01_toy", parameters=PARAMETERS.replace("seed", "seeds"))
     assert "other parameters" in find_run("02_toy", params).stale()
+
+
+def test_a_run_is_stale_where_a_module_of_its_own_has_changed(notebook, log, tmp_path):
+    module = tmp_path / "mine.py"
+    module.write_text("def f():\n    return 1\n")
+    notebook("01_toy", f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport mine")
+    done = execute.run("01_toy")
+    assert list(done.manifest["own_modules"]) == [str(module.resolve())] and done.stale() == ""
+    module.write_text('def f():\n    """A docstring changes nothing."""\n    return 1\n')
+    assert find_run("01_toy", done.parameters).stale() == ""
+    module.write_text("def f():\n    return 2\n")
+    assert "mine.py, which its notebook imports, has changed" in find_run("01_toy", done.parameters).stale()
+    module.unlink()
+    assert "mine.py" in find_run("01_toy", done.parameters).stale()
 
 
 def test_the_failure_of_a_required_run_is_shown_where_it_was_required(notebook, tmp_path):
