@@ -90,20 +90,22 @@ def combinations(tables, name: str) -> list[dict]:
 
 def resolve(name: str, params: dict) -> dict:
     """All parameters of a run: those given, else those of the sweep in force, else the notebook's defaults."""
-    path = notebook_path(name)
     tier = os.environ.get(TIER)
     in_force = combinations(read_sweep(tier), name)[0] if tier else {}
-    defaults = {key: parameter.default for key, parameter in parameters_of(path).items()}
-    return check_together(name, defaults | in_force | check_parameters(path, params))
+    return check_together(name, defaults(name) | in_force | check_parameters(notebook_path(name), params))
+
+
+def defaults(name: str) -> dict:
+    return {key: parameter.default for key, parameter in parameters_of(notebook_path(name)).items()}
 
 
 def label(name: str, params: dict) -> str:
     """A run in a line: the notebook and the parameters that differ from its defaults, or are none of it any more."""
     try:
-        defaults = {key: parameter.default for key, parameter in parameters_of(notebook_path(name)).items()}
+        usual = defaults(name)
     except FileNotFoundError:
-        defaults = {}
-    changed = [f"{k}={v}" for k, v in params.items() if (k not in defaults or v != defaults[k]) and k != "output_dir"]
+        usual = {}
+    changed = [f"{k}={v}" for k, v in params.items() if (k not in usual or v != usual[k]) and k != "output_dir"]
     return " ".join([name, *changed])
 
 
@@ -136,9 +138,9 @@ def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_l
     try:
         if found := usable(notebook, params, keep_stale, needs_saes):
             return found
-        if tell is not None:
-            print(f"{tell}{label(notebook, params)}: executing it in {directory}", file=sys.stderr, flush=True)
         about = None if tell is None else tell + label(notebook, params)
+        if about:
+            print(f"{about}: executing it in {directory}", file=sys.stderr, flush=True)
         error = execute(path, directory / "notebook.ipynb", params, time_limit, about)
         if not error:
             found = runs.find_run(notebook, params)
@@ -221,8 +223,8 @@ def execute(path: Path, output: Path, params: dict, time_limit: float, about: st
     """
     import papermill
 
-    defaults = parameters_of(path)
-    changed = {key: value for key, value in params.items() if value != defaults[key].default}
+    usual = defaults(path.stem)
+    changed = {key: value for key, value in params.items() if value != usual[key]}
     deadline = time.monotonic() + time_limit
     for attempt in (1, 2):
         runs.remove(output)

@@ -59,6 +59,7 @@ def code_hash(*sources: str, length: int = 16) -> str:
     return digest([meaning(source) for source in sources], length)
 
 
+@functools.cache
 def meaning(source: str) -> str:
     """Python code written anew from its syntax tree without docstrings: equal for two sources that do the same by the same steps."""
     try:

@@ -54,7 +54,7 @@ TYPES = re.compile(r"(bool|int|float|str|list|dict)|list\[(bool|int|float|str)\]
 PACKAGES = ["torch", "transformer-lens", "transformers", "numpy", "sae-utils"]
 FIGURE_DPI = 130  # a 7-inch figure fills the width of a README
 KERNEL_WAIT = 10  # seconds; the kernel of a killed sweep outlives it by one or two
-DAMAGED = (OSError, ValueError)  # what reading a damaged file raises
+DAMAGED = (OSError, OverflowError, ValueError)  # what reading a damaged file raises
 MANIFEST = dict(  # what every manifest holds; a finished run's has also `wall_seconds`
     notebook=str, run_id=str, parameters=dict, seed=(int, type(None)), finished=bool, requires=dict, code=str, sources=dict
 )  # fmt: skip

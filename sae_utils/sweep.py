@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 from . import runs
-from .execute import KEEP_STALE, PARENT, TIER, RunFailed, combinations, label, read_sweep, run
-from .runs import DAMAGED, Run, check_together, in_words, notebook_path, parameters_of
+from .execute import KEEP_STALE, PARENT, TIER, RunFailed, combinations, defaults, label, read_sweep, run
+from .runs import DAMAGED, Run, check_together, in_words, notebook_path
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters
@@ -52,17 +52,8 @@ def parse_values(name: str, pairs) -> dict:
 def planned(path) -> list[tuple[str, dict]]:
     """(notebook, all parameters) of every run of a sweep, in order."""
     tables = read_sweep(path)
-    return [
-        (
-            name,
-            check_together(
-                name, {k: parameter.default for k, parameter in parameters_of(notebook_path(name)).items()} | point
-            ),
-        )
-        for name in tables
-        if name != "shared"
-        for point in combinations(tables, name)
-    ]
+    points = [(name, point) for name in tables if name != "shared" for point in combinations(tables, name)]
+    return [(name, check_together(name, defaults(name) | point)) for name, point in points]
 
 
 def notebook_name(text: str) -> str:
@@ -97,7 +88,7 @@ def sweep(plan, keep_stale: bool = False, engine: str = "local", gpus: float = 1
     attempts = (
         on_ray(numbered, keep_stale, gpus) if engine == "ray" else map(attempt, numbered, itertools.repeat(keep_stale))
     )
-    for ended, (name, params, error, outcome, minutes) in enumerate(attempts, start=1):
+    for name, params, error, outcome, minutes in attempts:
         at = plan.index((name, params))
         if error:
             failures[at] = error
@@ -105,7 +96,7 @@ def sweep(plan, keep_stale: bool = False, engine: str = "local", gpus: float = 1
             done = runs.find_run(name, params, needs_saes=False)
             shown = (minutes_of(done), key_metrics(done), done.dir) if done else ("", "damaged or gone meanwhile", "")
             rows[at] = label(name, params), *shown
-        print(f"[{ended}/{len(plan)}] {label(name, params)}: {outcome}, {minutes:.1f} min", flush=True)
+        print(f"[{at + 1}/{len(plan)}] {label(name, params)}: {outcome}, {minutes:.1f} min", flush=True)
     print()
     print_table([("run", "minutes", "metrics", "directory"), *(rows[at] for at in sorted(rows))])
     for at in sorted(failures):
@@ -121,8 +112,7 @@ def attempt(planned_run: tuple[str, dict, str], keep_stale: bool):
     try:
         run(name, params, keep_stale=keep_stale, needs_saes=False, tell=number)
     except Exception as raised:
-        known = isinstance(raised, (OSError, ValueError))
-        why = in_words(raised) if known else repr(raised)
+        why = in_words(raised) if isinstance(raised, DAMAGED) else repr(raised)
         error = str(raised) if isinstance(raised, RunFailed) else f"{label(name, params)} failed: {why}"
     outcome = "FAILED" if error else "found" if there else "done"
     return name, params, error, outcome, (time.monotonic() - start) / 60
@@ -161,10 +151,13 @@ def on_ray(plan, keep_stale: bool, gpus: float):
 def key_metrics(done: Run, n: int = 3) -> str:
     """The metrics that the run lists under `"key"`, else its first few numbers."""
     metrics = done.metrics
-    numbers = {name: value for name, value in metrics.items() if type(value) in (int, float)}
+    shown = {name: f"{name}={value:.4g}" for name, value in metrics.items() if type(value) in (int, float)}
     key = metrics.get("key")
-    names = [name for name in key if str(name) in numbers] if isinstance(key, list) else list(numbers)[:n]
-    return " ".join(f"{name}={numbers[name]:.4g}" for name in names)
+    return (
+        " ".join(shown[str(name)] for name in key if str(name) in shown)
+        if isinstance(key, list)
+        else " ".join([*shown.values()][:n])
+    )
 
 
 def minutes_of(done: Run) -> str:

@@ -354,6 +354,14 @@ def test_finished_runs_are_listed_with_what_differs(finished, notebook, tmp_path
     assert main("runs", "01_tyo") == 2 and "no notebook '01_tyo'" in capsys.readouterr().err
 
 
+def test_names_in_files_do_not_steer_the_terminal(finished, notebook, capsys):
+    notebook("01_toy")
+    run = finished(k=2)
+    write_json(run.dir / "metrics.json", {"a\x1b[2J\n": 1, "huge": 2})
+    assert main("runs") == 0
+    assert "a\\x1b[2J\\n=1 huge=2" in capsys.readouterr().out
+
+
 def test_stray_files_are_passed_over(finished, notebook, tmp_path, capsys):
     notebook("01_toy")
     run = finished(k=2)
