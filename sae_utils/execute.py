@@ -182,6 +182,8 @@ class Place:
             self.cell, self.since = cell, time.monotonic()
 
     def __str__(self):
+        if not self.number:
+            return "the start of the kernel"
         return f"code cell {self.number} of {self.total}" + (f" under {self.heading!r}" if self.heading else "")
 
     def line(self) -> str:

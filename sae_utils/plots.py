@@ -22,6 +22,7 @@ COLOURS = {  # colour-blind safe, the same everywhere
     "JumpReLU": _PALETTE[9],
     "PCA": "0.45",
 }
+AS_IT_IS = 'class="tex2jax_ignore mathjax_ignore"'  # else a browser takes what stands between two $ for a formula
 
 
 def use_style() -> None:
@@ -89,7 +90,7 @@ def show_contexts(blocks: dict):
     for title, lines in blocks.items():
         peak = max((value for _, values in lines for value in values), default=0.0)
         shown = [f"<code>{highlighted(pieces, values, peak)}</code>" for pieces, values in lines]
-        page += "<p>" + "<br>".join([f"<b>{escaped(title)}</b>"] * bool(title) + shown) + "</p>"
+        page += f"<p {AS_IT_IS}>" + "<br>".join([f"<b>{escaped(title)}</b>"] * bool(title) + shown) + "</p>"
     return HTML(page)
 
 
@@ -99,7 +100,7 @@ def show_table(frame, shaded=(), precision: int = 3):
     shaded: columns of numbers from 0 to 1 to shade. precision: decimals.
     """
     frame = frame.map(escaped).rename(index=escaped, columns=escaped).rename_axis(index=escaped, columns=escaped)
-    style = frame.style.format(precision=precision, na_rep="")
+    style = frame.style.format(precision=precision, na_rep="").set_table_attributes(AS_IT_IS)
     return style.background_gradient("Oranges", subset=[escaped(name) for name in shaded], vmin=0, vmax=1)
 
 

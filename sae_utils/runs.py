@@ -89,9 +89,12 @@ def notebook_path(name: str) -> Path:
 
 
 def code_cells(path) -> list[tuple[list[str], str]]:
-    """(tags, source) of every code cell."""
-    cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
-    return [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in cells]
+    """(tags, source) of every code cell; ValueError for a file that is no notebook."""
+    try:
+        cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
+        return [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in cells]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no Jupyter notebook of format 4 ({error!r}): convert or remove it") from None
 
 
 def notebook_hash(path) -> str:

@@ -69,6 +69,15 @@ def test_a_parameters_cell_that_papermill_would_get_wrong_is_refused(notebook, l
         parameters_of(notebook(parameters=line))
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"worksheets": []}', '{"cells": [{"cell_type": "code"}]}', '{"cells": 1}']
+)
+def test_a_file_that_is_no_notebook_is_named(tmp_path, content):
+    (tmp_path / "x.ipynb").write_text(content)
+    with pytest.raises(ValueError, match="x.ipynb is n"):
+        parameters_of(tmp_path / "x.ipynb")
+
+
 def test_an_unknown_notebook_is_answered_with_the_near_one(notebook):
     notebook("01_train_topk")
     with pytest.raises(FileNotFoundError, match="did you mean '01_train_topk'"):
@@ -225,6 +234,8 @@ def test_a_run_is_stale_if_its_sources_or_those_of_a_required_run_or_its_noteboo
     notebook("01_toy", code="x = 'changed'")
     assert "whose notebook has changed" in find_run("02_toy", params).stale()
     manifest = json.loads((run.dir / "manifest.json").read_text())
+    write_json(run.dir / "manifest.json", manifest | {"requires": {"../../x/1": {"sources": {}, "code": "c"}}})
+    assert "required ../../x/1, whose notebook has changed" in find_run("02_toy", params).stale()
     manifest["requires"][f"01_toy/{required.id}"]["sources"] = {"runs.py": "other"}
     write_json(run.dir / "manifest.json", manifest)
     required_stale = f"required 01_toy/{required.id}, which other sae_utils sources made (runs.py)"
