@@ -138,9 +138,9 @@ def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_l
     try:
         if found := usable(notebook, params, keep_stale, needs_saes):
             return found
-        about = None if tell is None else tell + label(notebook, params)
-        if about:
-            print(f"{about}: executing it in {directory}", file=sys.stderr, flush=True)
+        if tell is not None:
+            print(f"{tell}{label(notebook, params)}: executing it in {directory}", file=sys.stderr, flush=True)
+        about = None if tell is None else tell + notebook
         error = execute(path, directory / "notebook.ipynb", params, time_limit, about)
         if not error:
             found = runs.find_run(notebook, params)
@@ -227,6 +227,7 @@ def execute(path: Path, output: Path, params: dict, time_limit: float, about: st
 
     usual = defaults(path.stem)
     changed = {key: value for key, value in params.items() if value != usual[key]}
+    files = [str(file).replace("{", "{{").replace("}", "}}") for file in (path, output)]  # papermill fills in {k}
     deadline = time.monotonic() + time_limit
     for attempt in (1, 2):
         runs.remove(output)
@@ -234,9 +235,7 @@ def execute(path: Path, output: Path, params: dict, time_limit: float, about: st
         try:
             with contextlib.nullcontext() if about is None else telling(about, place):
                 papermill.execute_notebook(
-                    *(
-                        str(file).replace("{", "{{").replace("}", "}}") for file in (path, output)
-                    ),  # else it fills them in
+                    *files,
                     changed,
                     kernel_name="python3",
                     language="python",

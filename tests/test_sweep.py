@@ -398,7 +398,7 @@ def test_a_run_says_which_cell_it_is_in(notebook, tmp_path, monkeypatch, capsys)
     first, *more = capsys.readouterr().err.splitlines()
     (run,) = (tmp_path / "runs" / "02_toy").glob("*/manifest.json")
     assert first == f"[2/2] 02_toy k=4: executing it in {run.parent}"
-    assert all(re.match(r"\[2/2\] 02_toy k=4: (code cell \d of 5|the start of the kernel)", line) for line in more)
+    assert all(re.match(r"\[2/2\] 02_toy: (code cell \d of 5|the start of the kernel)", line) for line in more)
     assert any(
         re.search(r"code cell 4 of 5 under 'Look', 0:00:0\d of 0:00:0\d. 01_toy is not there yet: executing it$", line)
         for line in more
