@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -54,31 +55,37 @@ def reference_runs(path=SWEEP) -> dict[str, dict[int, runs.Run]]:
 
 
 def committed() -> list[runs.Run]:
-    return [run_at(file.parent) for file in sorted(runs.REFERENCE.glob("*/*/manifest.json"))]
+    found = (runs.whole_run(file.parent) for file in sorted(runs.REFERENCE.glob("*/*/manifest.json")))
+    return [run for run in found if run and run.manifest["finished"]]
 
 
 def by_seed(of_all_versions) -> dict[str, dict[int, runs.Run]]:
     """{notebook: {seed: run}} of the version that has most seeds; of equally many, that of the earliest run in the list."""
     versions: dict[str, dict[str, dict]] = {}
     for run in of_all_versions:
-        versions.setdefault(run.name, {}).setdefault(version(run.manifest), {}).setdefault(run.manifest["seed"], run)
+        if run.manifest["seed"] is not None:
+            of_version = versions.setdefault(run.name, {})
+            of_version.setdefault(version(run.manifest), {}).setdefault(run.manifest["seed"], run)
     return {name: max(of_version.values(), key=len) for name, of_version in versions.items()}
-
-
-def run_at(directory) -> runs.Run:
-    return runs.Run(directory, read_json(directory / "manifest.json"))
 
 
 def version(manifest) -> str:
     """What all seeds of a comparison have in common."""
     parameters = {k: v for k, v in manifest["parameters"].items() if k not in ("seed", "output_dir")}
-    return digest([parameters, *(manifest[key] for key in ("code", "sources", "corpus_hash", "model_hash"))])
+    return digest([parameters, *(manifest.get(key) for key in ("code", "sources", "corpus_hash", "model_hash"))])
 
 
 def evaluate(found: dict[str, dict[int, runs.Run]], claims=None) -> list[dict]:
-    """The rows of claims.json: all claims whose notebook has a run that counts. A claim without any has no row."""
-    claims = CLAIMS if claims is None else claims
-    rows = [judge(claim, found[claim.notebook]) for claim in claims if claim.notebook in found]
+    """The rows of claims.json: all claims whose notebook has a run that counts.
+
+    A claim without any has no row, and neither has one whose numbers a run does not have, of which a warning tells.
+    """
+    rows = []
+    for claim in CLAIMS if claims is None else claims:
+        try:
+            rows += [judge(claim, found[claim.notebook])] if claim.notebook in found else []
+        except (*runs.DAMAGED, KeyError, TypeError) as error:
+            warnings.warn(f"{claim.claim!r} cannot be judged: {runs.in_words(error)}")
     return [row for row in rows if row["run_ids"]]
 
 
@@ -137,7 +144,7 @@ def made(found) -> str:
     for name, of_seed in sorted(found.items()):
         minutes = [run.manifest["wall_seconds"] / 60 for run in of_seed.values()]
         hours += sum(minutes) / 60
-        machines = {run.manifest["gpu"] or f"CPU, threads: {run.manifest['threads']}" for run in of_seed.values()}
+        machines = {runs.made_on(run.manifest) for run in of_seed.values()}
         cells = [
             f"`{name}`",
             ", ".join(map(str, sorted(of_seed))),
@@ -187,15 +194,18 @@ def collect(path=SWEEP, readme=README) -> list[dict]:
         kept = runs.REFERENCE / name
         for run in of_seed.values():
             copy_files(run.dir, kept / run.id, ["manifest.json", "metrics.json"])
-            of_seed[run.manifest["seed"]] = run_at(kept / run.id)
+            of_seed[run.manifest["seed"]] = runs.run_at(kept / run.id)
             first = run.manifest["seed"] == min(of_seed)
             if first and (run.dir / "notebook.ipynb").exists():
-                write_notebook(run.dir / "notebook.ipynb", home / f"{name}.ipynb")
+                try:
+                    write_notebook(run.dir / "notebook.ipynb", home / f"{name}.ipynb")
+                except (*runs.DAMAGED, AttributeError, KeyError, TypeError) as error:
+                    warnings.warn(f"{run.dir / 'notebook.ipynb'} is not collected: {runs.in_words(error)}")
             if first and name in FIGURES and run.dir != kept / run.id:
                 copy_files(run.dir / "figures", home / "figures" / name, [f"{FIGURES[name]}.png"])
-        for old in kept.iterdir():
+        for old in {file.parent for file in kept.glob("*/manifest.json")}:  # what else lies there is not ours
             if old.name not in [run.id for run in of_seed.values()]:
-                shutil.rmtree(old)
+                runs.remove(old)
     rows = evaluate(found)
     if rows:
         write_json(home / "claims.json", rows)
@@ -222,7 +232,7 @@ def minutes(name: str) -> str:
 
 def copy_files(source: Path, target: Path, names) -> None:
     for name in names:
-        if source != target and (source / name).exists():
+        if source != target and (source / name).is_file():
             with replacing(target / name) as new:
                 shutil.copyfile(source / name, new)
 
@@ -261,11 +271,12 @@ def main(argv=None) -> int:
         print("usage: python -m sae_utils.claims [collect [SWEEP.toml]]", file=sys.stderr)
         return 2
     try:
-        rows = collect(*argv[1:]) if argv else evaluate(reference_runs())
-        if argv:
-            collect_laptop()
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        print(f"error: {error.args[0]}", file=sys.stderr)
+        with runs.plain_warnings():
+            rows = collect(*argv[1:]) if argv else evaluate(reference_runs())
+            if argv:
+                collect_laptop()
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        print(f"error: {runs.in_words(error)}", file=sys.stderr)
         return 2
     print(table(rows) if rows else f"no run of {SWEEP.name} is there: `make reference` makes them")
     return 0

@@ -26,12 +26,11 @@ import json
 import math
 import re
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .files import ASSETS, BUILTIN_MODEL
+from . import runs
 
 GIB = 2**30
 PROCESS = 0.65 * GIB  # Python, torch, transformers and what else a notebook imports (measured)
@@ -72,65 +71,8 @@ KNOWN = {
 
 def model_of(name: str) -> Model | None:
     """The shape of a language model: of a local directory by its config.json, of a hub name if it is `KNOWN`, else None."""
-    path = ASSETS / name if name == BUILTIN_MODEL else Path(name).expanduser()
-    if not (path / "config.json").is_file():
-        return KNOWN.get(name.partition("@")[0])
-    config = json.loads((path / "config.json").read_text())
-    keys = [
-        ("n_layer", "num_hidden_layers"),
-        ("n_embd", "hidden_size"),
-        ("n_head", "num_attention_heads"),
-        ("n_positions", "max_position_embeddings"),
-        ("vocab_size",),
-    ]
-    found = [next((config[key] for key in names if key in config), None) for names in keys]
-    return None if None in found else Model(*found)
-
-
-def check(name: str, p: dict) -> None:
-    """Ranges that need no model, and those that the shape of a known one settles; ValueError naming parameter, value and range."""
-
-    def need(parameter, allowed, because):
-        if parameter in p and not allowed(p[parameter]):
-            raise ValueError(f"{name}: {parameter}={p[parameter]!r}: {because}")
-
-    for key in "d_sae d_wide k batch_size n_eval_tokens n_rule_tokens n_latents n_contexts n_prompt n_new".split():
-        need(key, lambda v: v >= 1, "it has to be at least 1")
-    for key in ("ks", "widths"):
-        need(key, lambda v: v and min(v) >= 1, "it needs at least one value, each at least 1")
-    need("seed", lambda v: 0 <= v < 2**32, "it has to be between 0 and 2³² − 1")
-    need(
-        "device",
-        lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v),
-        "allowed are auto, cpu, cuda, cuda:0, ..., mps",
-    )
-    need("lr", lambda v: v > 0, "it has to be above 0")
-    need("coefficients", lambda v: len(v) > 1 and min(v) > 0, "a sweep needs at least two values, each above 0")
-    need("tune_share", lambda v: 0 < v < 1, "a share of the steps, between 0 and 1")
-    need("beta", lambda v: v >= 0, "it has to be at least 0")
-    if "d_sae" in p:
-        for key in ("k", "ks"):
-            most = f"active latents per token are at most d_sae={p['d_sae']}"
-            need(key, lambda v: np.max(v) <= p["d_sae"], most)
-    model = model_of(p["model"]) if "model" in p else None
-    if model is None or p.get("retrain"):
-        return
-    if found := re.match(r"blocks\.(\d+)\.", p["hook_name"]):
-        if int(found[1]) >= model.n_layers:
-            raise ValueError(f"{name}: hook_name={p['hook_name']!r}: {p['model']} has layers 0 to {model.n_layers - 1}")
-    for key in ("n_tokens", "n_eval_tokens", "n_rule_tokens"):
-        need(key, lambda v: v >= model.n_ctx, f"less than one row of the model's context of {model.n_ctx} tokens")
-    longest = model.n_ctx - p.get("n_new", 0)
-    need(
-        "n_prompt",
-        lambda v: v <= longest,
-        f"beside n_new={p.get('n_new')} the model's context has room for {longest} tokens",
-    )
-    activations = p["n_tokens"] // model.n_ctx * (model.n_ctx - 1)
-    need("batch_size", lambda v: v <= activations, f"n_tokens={p['n_tokens']:,} give {activations:,} activations")
-    if name == "05_train_adaptive":
-        wide = max(p["d_sae"], p["d_wide"])
-        need("batch_size", lambda v: v * p["k"] >= wide, f"Feature Choice needs batch_size · k of at least {wide}")
+    found = runs.config_of(name)
+    return Model(**found) if len(found) == len(Model._fields) else KNOWN.get(name.partition("@")[0])
 
 
 def sae_parameters(d: int, F: int) -> int:

@@ -5,11 +5,17 @@ The sweep in force, a TOML file named by `$SAE_UTILS_TIER` (`sweep` says how it 
 checks here. Imports no torch, and papermill only to execute.
 """
 
+import contextlib
+import datetime
+import difflib
 import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -17,17 +23,19 @@ from pathlib import Path
 from filelock import Timeout
 
 from . import runs
-from .files import lock, read_json
-from .runs import Run, check_parameters, notebook_path, parameters_of
+from .files import ROOT, lock, read_json
+from .runs import Run, check_parameters, check_together, notebook_path, parameters_of
 from .values import near
 
-SHARED = ["model", "dataset", "hook_name", "n_tokens", "seed", "device", "output_dir"]
+SHARED = "model dataset dataset_config text_field bos hook_name n_tokens seed device output_dir".split()
+NOT_THERE = "is not there yet: executing it"
+LOG_EVERY = 60  # seconds between two lines on a run in a log; a terminal's one line changes every second
 TIME_LIMIT = 24 * 3600  # seconds for one run, against a kernel that hangs
 TIER, KEEP_STALE, PARENT = "SAE_UTILS_TIER", "SAE_UTILS_KEEP_STALE", "SAE_UTILS_PARENT"
 
 
 class RunFailed(RuntimeError):
-    """A notebook failed; the message holds its parameters, the cell's error and the path of the executed part."""
+    """A notebook failed; the message holds the error, the cell and line, the parameters and the path of the executed part."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,10 +47,11 @@ def read_sweep(path) -> dict[str, dict]:
     """The tables of a sweep file, checked: notebooks that exist, shared names that some notebook declares."""
     try:
         tables = tomllib.loads(Path(path).read_text())
-    except OSError:
-        raise FileNotFoundError(f"{path}: no such sweep file") from None
+    except OSError as error:
+        why = "no such sweep file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise FileNotFoundError(f"{path}: {why}{instead_of(path)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+        raise ValueError(f"{path} is not valid TOML: {error}{instead_of(path)}") from None
     declared = {name for file in runs.notebooks_dir().glob("*.ipynb") for name in parameters_of(file)}
     for table, values in tables.items():
         if not isinstance(values, dict):
@@ -53,6 +62,17 @@ def read_sweep(path) -> dict[str, dict]:
         if name not in declared:
             raise KeyError(f"{path}, [shared]: no notebook declares {name!r}{near(name, declared)}")
     return tables
+
+
+def instead_of(path) -> str:
+    """What was meant, as far as the name of what is no sweep file shows it: a notebook, or a sweep file of the repository."""
+    name, sweeps = Path(path).stem, sorted((ROOT / "sweeps").glob("*.toml"))
+    notebooks = [file.stem for file in runs.notebooks_dir().glob("*.ipynb")]
+    if found := difflib.get_close_matches(name, notebooks, 1):
+        return f". One notebook is executed by: python -m sae_utils.sweep run {found[0]}"
+    found = difflib.get_close_matches(name, [file.stem for file in sweeps], 1)
+    meant = [os.path.relpath(file) for file in sweeps if file.stem in found]
+    return f" (did you mean {meant[0]}?)" if meant and not Path(path).exists() else ""
 
 
 def combinations(tables, name: str) -> list[dict]:
@@ -70,17 +90,22 @@ def combinations(tables, name: str) -> list[dict]:
 
 def resolve(name: str, params: dict) -> dict:
     """All parameters of a run: those given, else those of the sweep in force, else the notebook's defaults."""
-    path = notebook_path(name)
     tier = os.environ.get(TIER)
     in_force = combinations(read_sweep(tier), name)[0] if tier else {}
-    defaults = {key: parameter.default for key, parameter in parameters_of(path).items()}
-    return defaults | in_force | check_parameters(path, params)
+    return check_together(name, defaults(name) | in_force | check_parameters(notebook_path(name), params))
+
+
+def defaults(name: str) -> dict:
+    return {key: parameter.default for key, parameter in parameters_of(notebook_path(name)).items()}
 
 
 def label(name: str, params: dict) -> str:
-    """A run in a line: the notebook and the parameters that differ from its defaults."""
-    defaults = parameters_of(notebook_path(name))
-    changed = [f"{k}={v}" for k, v in params.items() if v != defaults[k].default and k != "output_dir"]
+    """A run in a line: the notebook and the parameters that differ from its defaults, or are none of it any more."""
+    try:
+        usual = defaults(name)
+    except FileNotFoundError:
+        usual = {}
+    changed = [f"{k}={v}" for k, v in params.items() if (k not in usual or v != usual[k]) and k != "output_dir"]
     return " ".join([name, *changed])
 
 
@@ -89,13 +114,14 @@ def label(name: str, params: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_limit=TIME_LIMIT) -> Run:
+def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_limit=TIME_LIMIT, tell=None) -> Run:
     """The finished run of a notebook, executed only if it is not there or stale.
 
     Parameters not given are those of the sweep in force, else the defaults. Of several processes that want the same run one
     executes it and the others wait. The executed notebook stays in the run's directory, also when it failed.
-    Raises KeyError or TypeError for bad parameters, RunFailed when a cell fails, the kernel dies or `time_limit`
-    seconds are over.
+    tell: what opens the lines on standard error that say where the execution is, such as "[2/9] "; None for none.
+    Raises KeyError, TypeError or ValueError for bad parameters, RunFailed when a cell fails, the kernel dies or
+    `time_limit` seconds are over.
     """
     params = resolve(notebook, params or {})
     path = notebook_path(notebook)
@@ -112,7 +138,10 @@ def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_l
     try:
         if found := usable(notebook, params, keep_stale, needs_saes):
             return found
-        error = execute(path, directory / "notebook.ipynb", params, time_limit)
+        if tell is not None:
+            print(f"{tell}{label(notebook, params)}: executing it in {directory}", file=sys.stderr, flush=True)
+        about = None if tell is None else tell + notebook
+        error = execute(path, directory / "notebook.ipynb", params, time_limit, about)
         if not error:
             found = runs.find_run(notebook, params)
             error = "" if found else "it came to its end without run.finish(), or its inputs changed meanwhile"
@@ -136,38 +165,105 @@ def usable(name: str, params: dict, keep_stale: bool, needs_saes: bool) -> Run |
     return found
 
 
-def execute(path: Path, output: Path, params: dict, time_limit: float) -> str:
-    """Execute a notebook into `output` with papermill; returns what went wrong, or `""`.
+class Place:
+    """The code cell that is executed, counted as a reader counts: without the one that papermill adds, under its heading."""
+
+    def __init__(self, path):
+        self.total, self.number, self.heading, self.cell = len(runs.code_cells(path)), 0, "", None
+        self.start = self.since = time.monotonic()
+
+    def __call__(self, cell, cell_index):
+        """What nbclient calls before each cell, be it text or code."""
+        if cell.cell_type == "markdown":
+            text = re.sub(r"^```.*?^```", "", cell.source, flags=re.MULTILINE | re.DOTALL)
+            self.heading = [self.heading, *re.findall(r"^#+ +(.+)", text, re.MULTILINE)][-1]
+        elif cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []):
+            self.number += 1
+            self.cell, self.since = cell, time.monotonic()
+
+    def __str__(self):
+        if not self.number:
+            return "the start of the kernel"
+        return f"code cell {self.number} of {self.total}" + (f" under {self.heading!r}" if self.heading else "")
+
+    def line(self) -> str:
+        """Where the execution is, since when, and the run that the cell has to wait for."""
+        now = time.monotonic()
+        run, cell = (datetime.timedelta(seconds=int(now - since)) for since in (self.start, self.since))
+        outputs = self.cell.get("outputs", []) if self.cell else []
+        last = "".join(output.get("text", "") for output in outputs).rstrip().rpartition("\n")[2]
+        return f"{self}, {cell} of {run}" + (f". {last}" if last.endswith(NOT_THERE) else "")
+
+
+@contextlib.contextmanager
+def telling(about: str, place: Place):
+    """Meanwhile say on standard error where the execution is: in one updating line on a terminal, else in a line a minute."""
+    live, over = sys.stderr.isatty(), threading.Event()
+
+    def tell():
+        while not over.wait(1 if live else LOG_EVERY):
+            width = shutil.get_terminal_size().columns - 1
+            line = f"{about}: {place.line()}"
+            print(f"\r{line[:width]:{width}}" if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        if live:
+            print(f"\r{'':{shutil.get_terminal_size().columns - 1}}\r", end="", file=sys.stderr, flush=True)
+
+
+def execute(path: Path, output: Path, params: dict, time_limit: float, about: str | None = None) -> str:
+    """Execute a notebook into `output` with papermill; returns what went wrong and in which cell, or `""`.
 
     A kernel that does not start is started once more; a cell is never repeated. The kernel works in the caller's directory,
-    so that relative paths among the parameters mean the same to both.
+    so that relative paths among the parameters mean the same to both. about: see `telling`; None tells nothing.
     """
     import papermill
 
-    defaults = parameters_of(path)
-    changed = {key: value for key, value in params.items() if value != defaults[key].default}
+    usual = defaults(path.stem)
+    changed = {key: value for key, value in params.items() if value != usual[key]}
+    files = [str(file).replace("{", "{{").replace("}", "}}") for file in (path, output)]  # papermill fills in {k}
     deadline = time.monotonic() + time_limit
     for attempt in (1, 2):
-        output.unlink(missing_ok=True)
+        runs.remove(output)
+        place = Place(path)
         try:
-            papermill.execute_notebook(
-                path,
-                output,
-                changed,
-                kernel_name="python3",
-                language="python",
-                progress_bar=False,
-                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # else they warn of plain TCP, each one
-                timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),
-            )
+            with contextlib.nullcontext() if about is None else telling(about, place):
+                papermill.execute_notebook(
+                    *files,
+                    changed,
+                    kernel_name="python3",
+                    language="python",
+                    progress_bar=False,
+                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # else they warn of plain TCP, each one
+                    timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),
+                    on_cell_start=place,
+                )
             return ""
         except papermill.PapermillExecutionError as error:
-            return f"{error.ename}: {error.evalue}"
+            says = f"{error.ename}: {error.evalue}" if error.evalue else error.ename
+            return f"{says}\n  at: {place}{lines_of(error)}"
         except Exception as error:
             if attempt == 2 or reached_a_cell(output):
                 if isinstance(error, TimeoutError):
-                    return f"it took longer than {time_limit:.0f} s"
-                return f"{type(error).__name__}: {error}"
+                    return f"it took longer than {time_limit:.0f} s\n  at: {place}"
+                return f"{type(error).__name__}: {error}\n  at: {place}"
+
+
+def lines_of(error) -> str:
+    """The failed cell's line, and the line that raised if it is another one, from the traceback that IPython writes."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
+    numbers = re.findall(rf"Cell In\[{error.exec_count}\], line (\d+)", text)
+    lines = error.source.splitlines()
+    found = [f", line {n}: {lines[int(n) - 1].strip()}" for n in numbers[:1] if 0 < int(n) <= len(lines)]
+    raised = re.findall(r"^-+> (\d+) (.*)", text, re.MULTILINE)[-1:]
+    found += [f"\n  in: line {n} of what it called: {line.strip()}" for n, line in raised if [n] != numbers[:1]]
+    return "".join(found)
 
 
 def reached_a_cell(output: Path) -> bool:
@@ -186,7 +282,8 @@ def require(name: str, /, needs_saes: bool = True, **params) -> Run:
     declared = parameters_of(notebook_path(name))
     of_caller = caller.parameters if caller else {}
     inherited = {key: of_caller[key] for key in SHARED if key in of_caller and key in declared}
-    params = resolve(name, inherited | params)
+    asked = check_parameters(notebook_path(name), inherited | params)
+    params = resolve(name, asked)
     found = usable(name, params, False, needs_saes)
     if found is None:
         in_force = resolve(name, {})
@@ -194,7 +291,7 @@ def require(name: str, /, needs_saes: bool = True, **params) -> Run:
         for key, value in params.items():
             if value != in_force[key]:
                 command += ["-p", key, value if isinstance(value, str) else json.dumps(value)]
-        print(f"{label(name, params)} is not there yet: executing it", flush=True)
+        print(f"{label(name, params)} {NOT_THERE}", flush=True)
         done = subprocess.run(
             [sys.executable, "-m", "sae_utils.sweep", *command],
             env=os.environ | {PARENT: str(os.getpid())},
@@ -205,5 +302,5 @@ def require(name: str, /, needs_saes: bool = True, **params) -> Run:
         if done.returncode or not found:
             raise RunFailed(f"required by {caller.name if caller else 'you'}: {done.stderr.strip()}")
     if caller:
-        caller.record(found)
+        caller.record(found, asked)
     return found

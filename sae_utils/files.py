@@ -65,6 +65,7 @@ def code_hash(*sources: str, length: int = 16) -> str:
     return digest([meaning(source) for source in sources], length)
 
 
+@functools.cache
 def meaning(source: str) -> str:
     """Python code written anew from its syntax tree without docstrings: equal for two sources that do the same by the same steps."""
     try:
@@ -217,7 +218,7 @@ def hash_now(file: Path, changed: int, size: int) -> str:
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged or not ours. Delete it.") from None
 
 

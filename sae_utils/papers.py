@@ -143,11 +143,11 @@ CLAIMS = [
 # fmt: on
 
 
-def read(metrics: dict, value: str) -> float | None:
-    """The number that `value` names (see `Claim`), None where the run found none; KeyError if there is no such name."""
+def read(metrics: dict, value: str, where: str = "metrics") -> float | None:
+    """The number that `value` names (see `Claim`), None where the run found none; KeyError with `where` if there is no such name."""
     for word, combine in {" - ": lambda a, b: a - b, " over ": lambda a, b: a / b if b else None}.items():
         if word in value:
-            a, b = (read(metrics, part) for part in value.split(word))
+            a, b = (read(metrics, part, where) for part in value.split(word))
             return None if a is None or b is None else combine(a, b)
     found = metrics
     for key in value.split("/"):
@@ -156,10 +156,10 @@ def read(metrics: dict, value: str) -> float | None:
         names = list(found) if isinstance(found, dict) else []
         if key not in names:
             there = ", ".join(names[:20]) or "no more names"
-            raise KeyError(f"metrics have no {value!r}{runs.near(key, names)}: at {key!r} there are {there}")
+            raise KeyError(f"{where} has no {value!r}{runs.near(key, names)}: at {key!r} there are {there}")
         found = found[key]
     if found is not None and not isinstance(found, (int, float)):
-        raise TypeError(f"{value!r} of the metrics is no number, but a {type(found).__name__}")
+        raise TypeError(f"{value!r} of {where} is no number, but a {type(found).__name__}")
     return found
 
 
@@ -200,7 +200,7 @@ def judge(claim: Claim, of_seed: dict[int, runs.Run]) -> dict:
     judged = [of_seed[seed] for seed in sorted(of_seed) if seed != TUNED_ON]
 
     def over_seeds(value):
-        return [read(run.metrics, value) for run in judged]
+        return [read(run.metrics, value, str(run.dir / "metrics.json")) for run in judged]
 
     def beside(value):
         return summary(over_seeds(value)) | {"metric": value}

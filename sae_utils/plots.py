@@ -1,6 +1,7 @@
 """Figures: arrays in, matplotlib figure out. One message each, one fixed colour per method in every notebook."""
 
 import html
+import numbers
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,6 +22,7 @@ COLOURS = {  # colour-blind safe, the same everywhere
     "JumpReLU": _PALETTE[9],
     "PCA": "0.45",
 }
+AS_IT_IS = 'class="tex2jax_ignore mathjax_ignore"'  # else a browser takes what stands between two $ for a formula
 
 
 def use_style() -> None:
@@ -66,11 +68,42 @@ def density_histogram(densities: dict, *, title: str, ax=None):
 
 def highlighted(pieces, values, peak: float | None = None) -> str:
     """Tokens as HTML, each shaded by its value relative to `peak` (default the largest); the value shows on hover."""
-    peak = peak or max(max(values), 1e-9)
+    peak = peak or max([*values, 1e-9])
     spans = []
-    for piece, value in zip(pieces, values):
-        text = html.escape(piece).replace("\n", "↵").replace(" ", "&nbsp;")
+    for piece, value in zip(pieces, values, strict=True):
+        text = escaped(piece).replace("\n", "↵").replace(" ", "&nbsp;")
         share = min(max(value / peak, 0), 1)
         style = f' style="background:rgba(230,120,20,{share:.2f})" title="{value:.2f}"' if value > 0 else ""
         spans.append(f"<span{style}>{text}</span>")
     return "".join(spans)
+
+
+def show_contexts(blocks: dict):
+    """Tokens in their contexts, for display: under each title a line per context, shaded relative to the title's largest value.
+
+    blocks: {title: [(pieces, values), ...]}, the tokens' texts and a number for each. A notebook shows token text by this or by
+    `show_table`, which escape it: a token may well be `<img>`.
+    """
+    from IPython.display import HTML
+
+    page = ""
+    for title, lines in blocks.items():
+        peak = max((value for _, values in lines for value in values), default=0.0)
+        shown = [f"<code>{highlighted(pieces, values, peak)}</code>" for pieces, values in lines]
+        page += f"<p {AS_IT_IS}>" + "<br>".join([f"<b>{escaped(title)}</b>"] * bool(title) + shown) + "</p>"
+    return HTML(page)
+
+
+def show_table(frame, shaded=(), precision: int = 3):
+    """A DataFrame for display with its text escaped, names of rows and columns included; missing values stay empty.
+
+    shaded: columns of numbers from 0 to 1 to shade. precision: decimals.
+    """
+    frame = frame.map(escaped).rename(index=escaped, columns=escaped).rename_axis(index=escaped, columns=escaped)
+    style = frame.style.format(precision=precision, na_rep="").set_table_attributes(AS_IT_IS)
+    return style.background_gradient("Oranges", subset=[escaped(name) for name in shaded], vmin=0, vmax=1)
+
+
+def escaped(value):
+    """Text, and what is shown as text, with nothing in it that HTML would take for markup; numbers and None as they are."""
+    return value if value is None or isinstance(value, (numbers.Number, np.generic)) else html.escape(str(value))

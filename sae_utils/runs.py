@@ -9,8 +9,13 @@ Imports no torch, so that the sweep runner can use it.
 """
 
 import ast
+import contextlib
+import difflib
+import functools
 import importlib.metadata
 import math
+import numbers
+import operator
 import os
 import platform
 import random
@@ -19,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +32,35 @@ import numpy as np
 from filelock import Timeout
 
 from .data import corpus_hash
-from .files import OUTPUTS, ROOT, code_hash, digest, lock, model_hash, read_json, replacing, source_hashes, write_json
-from .values import near
+from .files import (
+    ASSETS,
+    BUILTIN_MODEL,
+    OUTPUTS,
+    PACKAGE,
+    ROOT,
+    code_hash,
+    digest,
+    lock,
+    model_hash,
+    read_json,
+    replacing,
+    source_hashes,
+    write_json,
+)
+from .values import is_bool, near, one_of, real, whole
 
 REFERENCE = OUTPUTS / "reference" / "runs"
 TYPES = re.compile(r"(bool|int|float|str|list|dict)|list\[(bool|int|float|str)\]")
 PACKAGES = ["torch", "transformer-lens", "transformers", "numpy", "sae-utils"]
 FIGURE_DPI = 130  # a 7-inch figure fills the width of a README
 KERNEL_WAIT = 10  # seconds; the kernel of a killed sweep outlives it by one or two
+DAMAGED = (OSError, OverflowError, ValueError)  # what reading a damaged file raises
+MANIFEST = dict(  # what every manifest holds; a finished run's has also `wall_seconds`
+    notebook=str, run_id=str, parameters=dict, seed=(int, type(None)), finished=bool, requires=dict, code=str, sources=dict
+)  # fmt: skip
+BLOCK_HOOKS = """hook_in hook_out hook_resid_pre hook_resid_mid hook_resid_post hook_attn_in hook_attn_out hook_mlp_in hook_mlp_out
+    hook_q_input hook_k_input hook_v_input""".split()  # those of a block itself; those of its parts differ between models
+ALLOWED_MODELS = f"{BUILTIN_MODEL!r}, a Hugging Face directory, or a hub name owner/name[@revision]."
 _current = None
 
 
@@ -49,22 +76,25 @@ class Parameter(NamedTuple):
 
 def notebooks_dir() -> Path:
     """Where notebooks are: `$SAE_UTILS_NOTEBOOKS` (tests), or `notebooks/` of the repository."""
-    return Path(os.environ.get("SAE_UTILS_NOTEBOOKS") or ROOT / "notebooks").resolve()
+    return Path(os.environ.get("SAE_UTILS_NOTEBOOKS") or ROOT / "notebooks").expanduser().resolve()
 
 
 def notebook_path(name: str) -> Path:
     """The file of a notebook given by its name (`"01_train_topk"`); FileNotFoundError lists those there are."""
-    path = notebooks_dir() / f"{name}.ipynb"
-    if not path.is_file():
-        names = sorted(file.stem for file in notebooks_dir().glob("*.ipynb"))
-        raise FileNotFoundError(f"no notebook {name!r} in {path.parent}{near(name, names)}: it has {', '.join(names)}")
-    return path
+    names = sorted(file.stem for file in notebooks_dir().glob("*.ipynb") if file.is_file())
+    if name not in names:  # a path such as "../other" is none of them
+        directory, there = notebooks_dir(), ", ".join(names) or "no notebook"
+        raise FileNotFoundError(f"no notebook {name!r} in {directory}{near(name, names)}: it has {there}")
+    return notebooks_dir() / f"{name}.ipynb"
 
 
 def code_cells(path) -> list[tuple[list[str], str]]:
-    """(tags, source) of every code cell."""
-    cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
-    return [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in cells]
+    """(tags, source) of every code cell; ValueError for a file that is no notebook."""
+    try:
+        cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
+        return [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in cells]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no Jupyter notebook of format 4 ({error!r}): convert or remove it") from None
 
 
 def notebook_hash(path) -> str:
@@ -101,13 +131,132 @@ def type_of(value) -> str:
 
 
 def checked(name, value, declared):
-    """The value as papermill may pass it, an int made a float where one is declared; TypeError if it has another type."""
+    """The value as papermill may pass it: numbers of NumPy become Python's, an int becomes a float where one is declared.
+
+    Raises TypeError if it has another type, ValueError for NaN, infinity and what is no text.
+    """
     kind, _, element = declared.rstrip("]").partition("[")
-    if kind == "float" and type(value) is int:
-        return float(value)
+    if kind == "bool" and is_bool(value):
+        value = bool(value)
+    elif kind == "int" and not is_bool(value):
+        with contextlib.suppress(TypeError):
+            value = operator.index(value)
+    elif kind == "float" and isinstance(value, numbers.Real) and not is_bool(value):
+        value = real(name, value)
     if type(value).__name__ != kind:
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}, but {name} is declared {declared}")
+    if kind == "str" and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{name}={value!r}: it has to be Unicode text without NUL")
     return [checked(f"{name}[{i}]", item, element) for i, item in enumerate(value)] if element else value
+
+
+def in_range(name, value):
+    """The value, each item of a list, as the rule of this name in `RULES` allows it; ValueError if it does not."""
+    rule = RULES.get(name)
+    if rule is None:
+        return value
+    if value == []:
+        raise ValueError(f"{name}=[]: it needs at least one value")
+    return (
+        [rule(f"{name}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else rule(name, value)
+    )
+
+
+def device_form(name, value) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        allowed = ["auto", "cpu", "cuda", "cuda:0", "mps"]
+        raise ValueError(f"{name}={value!r}{near(value, allowed)}: allowed are auto, cpu, cuda, cuda:0, ..., mps")
+    return value
+
+
+def hook_form(name, value) -> str:
+    """A hook as TransformerLens names it, `"blocks.3.hook_resid_pre"`; whether the model has it shows when it is loaded."""
+    block = re.fullmatch(r"blocks\.\d+\.(.+)", value)
+    if not re.fullmatch(r"([\w-]+\.)*hook_\w+", value) or value.startswith("blocks") and not block:
+        usual = [f"blocks.3.{hook}" for hook in BLOCK_HOOKS]
+        raise ValueError(
+            f"{name}={value!r}{near(value, usual)}: a hook is named as in 'blocks.3.hook_resid_pre' or 'blocks.0.attn.hook_z'"
+        )
+    if block and "." not in block[1]:
+        one_of(f"the last part of {name}", block[1], BLOCK_HOOKS)
+    return value
+
+
+RULES = dict.fromkeys(
+    """n_tokens n_eval_tokens n_rule_tokens n_latents n_contexts n_prompt n_new n_layer n_head n_ctx d_sae d_wide d_vocab d_model
+    k ks widths batch_size batch_rows""".split(),
+    whole,
+) | {  # what a parameter of this name can be in any notebook, each item where it is a list
+    "seed": functools.partial(whole, least=0, most=2**32 - 1),
+    "latent": functools.partial(whole, least=-1),
+    "lr": functools.partial(real, above=0),
+    "coefficients": functools.partial(real, above=0),
+    "beta": functools.partial(real, least=0),
+    "tune_share": functools.partial(real, above=0, most=0.99),
+    "device": device_form,
+    "hook_name": hook_form,
+}
+
+
+def check_together(name: str, p: dict) -> dict:
+    """All parameters of a run of notebook `name`, as they are, if they fit together and fit the language model.
+
+    Of the model only its config.json is read, where it is local. Raises ValueError naming parameter, value and what is allowed.
+    """
+
+    def need(parameter, allowed, because):
+        if parameter in p and not allowed(p[parameter]):
+            raise ValueError(f"{name}: {parameter}={p[parameter]!r}: {because}")
+
+    widths = {key: np.min(p[key]) for key in ("d_sae", "d_wide", "widths") if key in p}
+    if widths:
+        narrowest = min(widths, key=widths.get)
+        most = f"active latents per token are at most {narrowest}={p[narrowest]}"
+        for key in ("k", "ks"):
+            need(key, lambda v: np.max(v) <= widths[narrowest], most)
+    need("coefficients", lambda v: len(v) > 1, "a sweep over them needs at least two values")
+    if (model := p.get("model", BUILTIN_MODEL)) != BUILTIN_MODEL and not (path := Path(model).expanduser()).is_dir():
+        guess = near(model, [BUILTIN_MODEL]) if difflib.get_close_matches(model, [BUILTIN_MODEL], cutoff=0.8) else ""
+        if guess or path.exists() or path.is_absolute() or model.startswith(".") or not 1 <= len(path.parts) <= 2:
+            raise FileNotFoundError(f"model={model!r}: no such directory{guess}. Allowed: {ALLOWED_MODELS}")
+    shape = {} if p.get("retrain") else config_of(p.get("model", ""))
+    n_layers, n_ctx = shape.get("n_layers"), shape.get("n_ctx")
+    if n_layers and (found := re.match(r"blocks\.(\d+)\.", p.get("hook_name", ""))):
+        need("hook_name", lambda _: int(found[1]) < n_layers, f"{p['model']} has layers 0 to {n_layers - 1}")
+    if n_ctx:
+        for key in ("n_tokens", "n_eval_tokens", "n_rule_tokens"):
+            need(key, lambda v: v >= n_ctx, f"less than one row of the model's context of {n_ctx} tokens")
+        longest = n_ctx - p.get("n_new", 0)
+        room = f"beside n_new={p.get('n_new')} the model's context has room for {longest} tokens"
+        need("n_prompt", lambda v: v <= longest, room)
+        if "n_tokens" in p:
+            activations = p["n_tokens"] // n_ctx * (n_ctx - 1)
+            need(
+                "batch_size", lambda v: v <= activations, f"n_tokens={p['n_tokens']:,} give {activations:,} activations"
+            )
+    if "n_head" in p:
+        need("d_model", lambda v: v % p["n_head"] == 0, f"it has to be a multiple of n_head={p['n_head']}")
+    if name == "05_train_adaptive" and {"d_sae", "d_wide", "k"} <= set(p):
+        wide = max(p["d_sae"], p["d_wide"])
+        need("batch_size", lambda v: v * p["k"] >= wide, f"Feature Choice needs batch_size · k of at least {wide}")
+    return p
+
+
+def config_of(model: str) -> dict:
+    """n_layers, d_model, n_heads, n_ctx and d_vocab of a local model, as far as its config.json says so; of a hub name nothing."""
+    file = (ASSETS / model if model == BUILTIN_MODEL else Path(model).expanduser()) / "config.json"
+    if not model or not file.is_file():
+        return {}
+    names = {
+        "n_layers": ("n_layer", "num_hidden_layers", "num_layers"),
+        "d_model": ("n_embd", "hidden_size"),
+        "n_heads": ("n_head", "num_attention_heads"),
+        "n_ctx": ("n_positions", "max_position_embeddings"),
+        "d_vocab": ("vocab_size",),
+    }
+    config = read_table(file)
+    found = {key: next((config[name] for name in of_key if name in config), None) for key, of_key in names.items()}
+    return {key: value for key, value in found.items() if type(value) is int and value > 0}
 
 
 def declared(path, names) -> dict[str, Parameter]:
@@ -120,9 +269,9 @@ def declared(path, names) -> dict[str, Parameter]:
 
 
 def check_parameters(path, params) -> dict:
-    """Some of a notebook's parameters, checked: KeyError for a name it does not declare, TypeError for a wrong type."""
+    """Some of a notebook's parameters, checked: KeyError for a name it does not declare, else as `checked` and `in_range`."""
     known = declared(path, params)
-    return {name: checked(name, value, known[name].type) for name, value in params.items()}
+    return {name: in_range(name, checked(name, value, known[name].type)) for name, value in params.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,8 +281,9 @@ def check_parameters(path, params) -> dict:
 
 def input_hashes(params) -> dict:
     """Hashes of the text and of the language model that the parameters name, None where they name none."""
+    config = filter(None, [params.get("dataset_config")])
     return {
-        "corpus": corpus_hash(params["dataset"]) if "dataset" in params else None,
+        "corpus": corpus_hash(params["dataset"], *config) if "dataset" in params else None,
         "model": model_hash(params["model"]) if "model" in params else None,
     }
 
@@ -145,9 +295,24 @@ def run_id(path, params) -> str:
 
 
 def run_dir(path, params) -> Path:
-    """`<output_dir>/<notebook>/<run_id>`; no output_dir means `$SAE_UTILS_OUTPUT` (tests), or `outputs/`."""
-    base = params.get("output_dir") or os.environ.get("SAE_UTILS_OUTPUT") or OUTPUTS
-    return Path(base).expanduser().resolve() / Path(path).stem / run_id(path, params)
+    """`<output_dir>/<notebook>/<run_id>`, see `output_dir`."""
+    return output_dir(params.get("output_dir", "")) / Path(path).stem / run_id(path, params)
+
+
+def output_dir(given: str = "") -> Path:
+    """Where runs go: the directory given, else `$SAE_UTILS_OUTPUT` (tests), else `outputs/`. `~` is the home directory.
+
+    ValueError if it can be no directory, since it or one above it is a file, or has no valid name.
+    """
+    base = given or os.environ.get("SAE_UTILS_OUTPUT") or OUTPUTS
+    try:
+        path = Path(base).expanduser().resolve()
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"output_dir={str(base)!r} cannot be a directory: {in_words(error)}") from None
+    if not nearest.is_dir():
+        raise ValueError(f"output_dir={str(base)!r}: {nearest} is a file, but runs need a directory")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,38 +331,47 @@ class Run:
 
     @property
     def metrics(self) -> dict:
-        return read_json(self.dir / "metrics.json")
+        return read_table(self.dir / "metrics.json")
 
     def sae(self, name):
         """One of the SAEs that the run saved, by its name."""
         from .store import load_sae
 
-        return load_sae(self.saes / name)
+        return load_sae(inside(self.saes, name))
 
     def stale(self) -> str:
         """Why the run no longer is what its code would give, or `""`."""
         if changed := changed_sources(self.manifest["sources"]):
             return f"made by other sae_utils sources ({changed})"
+        if not same_code(self.name, self.manifest["code"]):
+            return "its notebook has changed since"
+        for file, code in self.manifest.get("own_modules", {}).items():
+            if not Path(file).is_file() or hash_of_module(file) != code:
+                return f"{file}, which its notebook imports, has changed since"
         for required, made_by in self.manifest["requires"].items():
-            path = notebooks_dir() / f"{required.split('/')[0]}.ipynb"
+            name = required.partition("/")[0]
             if changed := changed_sources(made_by["sources"]):
                 return f"required {required}, which other sae_utils sources made ({changed})"
-            if not path.is_file() or made_by["code"] != notebook_hash(path):
+            if not same_code(name, made_by["code"]):
                 return f"required {required}, whose notebook has changed since"
+            if not asked_alike(name, made_by):
+                return f"required {required}, but the sweep or the notebook's defaults now give other parameters"
         return ""
 
     def figure(self, figure, name) -> None:
         """Save a matplotlib figure as `figures/<name>.png`."""
-        with replacing(self.dir / "figures" / f"{name}.png") as new:
+        with replacing(inside(self.dir / "figures", f"{name}.png")) as new:
             figure.savefig(new, format="png", dpi=FIGURE_DPI, bbox_inches="tight")
 
     def checkpoint(self, name) -> Path:
         """Where training keeps its checkpoint of this name; gone once the run finishes."""
-        return self.dir / "checkpoints" / name
+        return inside(self.dir / "checkpoints", name)
 
-    def record(self, required) -> None:
-        """Remember that this run used another one, and whatever that one used."""
+    def record(self, required, asked=None) -> None:
+        """Remember that this run used another one, which parameters it `asked` for, and whatever that one used."""
         made_by = {key: required.manifest[key] for key in ("sources", "code")}
+        if asked is not None:
+            made_by |= {"asked": asked, "parameters": required.parameters}
         requires = self.manifest["requires"] | required.manifest["requires"]
         self.manifest["requires"] = requires | {f"{required.name}/{required.id}": made_by}
         write_json(self.dir / "manifest.json", self.manifest)
@@ -213,10 +387,49 @@ class Run:
         loaded = {f"{module}{end}" for module in modules for end in (".py", "/__init__.py")}
         sources = {name: value for name, value in self.manifest["sources"].items() if name in loaded}
         seconds = round(time.monotonic() - self.started, 2)
-        self.manifest |= {"finished": True, "sources": sources, "wall_seconds": seconds}
+        self.manifest |= {"finished": True, "sources": sources, "own_modules": own_modules(), "wall_seconds": seconds}
         write_json(self.dir / "manifest.json", self.manifest)
         shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
         self.lock.release()
+
+
+def inside(directory: Path, name: str) -> Path:
+    """A file or directory of this name right in a directory; ValueError for a name that would lead out of it."""
+    if not isinstance(name, str) or "\0" in name or name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"{name!r} cannot name what is saved in {directory}: it has to be one name without / in it")
+    return Path(directory) / name
+
+
+def same_code(name: str, code: str) -> bool:
+    """Whether a notebook is there and its code is the one with this hash."""
+    try:
+        return notebook_hash(notebook_path(name)) == code
+    except FileNotFoundError:
+        return False
+
+
+def asked_alike(name: str, made_by: dict) -> bool:
+    """Whether `require` would ask for the same parameters now: those not asked for come from the sweep in force, or are defaults."""
+    from .execute import resolve
+
+    try:
+        return "asked" not in made_by or resolve(name, made_by["asked"]) == made_by["parameters"]
+    except (AttributeError, KeyError, TypeError, ValueError):  # one of them is no parameter any more
+        return False
+
+
+def own_modules() -> dict[str, str]:
+    """{file: hash of its code} of the modules that this process loaded and that are neither installed nor of sae_utils."""
+    files = {getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]}
+    installed = re.compile(r"(site|dist)-packages")
+    theirs = [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, PACKAGE)]
+    own = [Path(file).resolve() for file in files if file.endswith(".py") and not installed.search(file)]
+    own = [file for file in own if file.is_file() and not any(file.is_relative_to(place) for place in theirs)]
+    return {str(file): hash_of_module(file) for file in sorted(own)}
+
+
+def hash_of_module(file) -> str:
+    return code_hash(Path(file).read_text(encoding="utf-8", errors="replace"))
 
 
 def changed_sources(made_by: dict) -> str:
@@ -239,6 +452,7 @@ def start_run(name: str, namespace: dict) -> Run:
     if missing:
         raise NameError(f"{name}: {', '.join(missing)} not set. Run the parameters cell first.")
     params = check_parameters(path, {parameter: namespace[parameter] for parameter in parameters_of(path)})
+    check_together(name, params)
     seed = params.get("seed", 0)
     random.seed(seed)
     np.random.seed(seed)
@@ -274,13 +488,14 @@ def start_run(name: str, namespace: dict) -> Run:
         "device": device,
         **environment(),
     }
-    old = directory / "manifest.json"
-    before = read_json(old) if old.exists() else None
-    if before is None or before["finished"] or before["sources"] != manifest["sources"]:
+    before = whole_run(directory)
+    if before is None or before.manifest["finished"] or before.manifest["sources"] != manifest["sources"]:
         for part in ("checkpoints", "saes", "figures"):
-            shutil.rmtree(directory / part, ignore_errors=True)
+            remove(directory / part)
+    if (directory / "manifest.json").is_dir():
+        remove(directory / "manifest.json")
     write_json(directory / "manifest.json", manifest)
-    (directory / "metrics.json").unlink(missing_ok=True)
+    remove(directory / "metrics.json")
 
     _current = Run(directory, manifest)
     _current.lock, _current.seeded_torch, _current.started = kernel_lock, bool(torch), time.monotonic()
@@ -292,6 +507,73 @@ def current_run() -> Run | None:
     return _current
 
 
+def remove(path: Path) -> None:
+    """Delete whatever is there: a file, a directory with all in it, a link but not what it leads to, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def run_at(directory) -> Run:
+    """The run that a directory holds, finished or not.
+
+    OSError or ValueError, with the path, if its manifest or metrics are missing, damaged, incomplete or another run's.
+    """
+    path = Path(directory) / "manifest.json"
+    manifest = read_table(path)
+    kinds = MANIFEST | ({"wall_seconds": (int, float)} if manifest.get("finished") else {})
+    wrong = [key for key, kind in kinds.items() if key not in manifest or not isinstance(manifest[key], kind)]
+    if "parameters" not in wrong and manifest.get("seed") != manifest["parameters"].get("seed"):
+        wrong.append("seed")
+    made_by = [*manifest["requires"].values()] if "requires" not in wrong else []
+    if not all(isinstance(one, dict) and isinstance(one.get("sources"), dict) and "code" in one for one in made_by):
+        wrong.append("requires")
+    if not isinstance(manifest.get("own_modules", {}), dict):
+        wrong.append("own_modules")
+    if wrong:
+        raise ValueError(f"{path}: {', '.join(wrong)} missing or damaged. Delete it, and the run will be made again.")
+    if (manifest["notebook"], manifest["run_id"]) != (path.parent.parent.name, path.parent.name):
+        raise ValueError(f"{path} is of {manifest['notebook']!r}, run {manifest['run_id']!r}: it does not belong here")
+    if manifest["finished"]:
+        read_table(path.with_name("metrics.json"))
+    return Run(directory, manifest)
+
+
+def read_table(path: Path) -> dict:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object: the file is damaged or not ours. Delete it.")
+    return found
+
+
+def whole_run(directory) -> Run | None:
+    """`run_at`, or None if there is no run; one that is damaged counts as missing, with a warning."""
+    if not os.path.lexists(Path(directory) / "manifest.json"):
+        return None
+    try:
+        return run_at(directory)
+    except DAMAGED as error:
+        warnings.warn(f"{in_words(error)} (This run counts as missing.)")
+        return None
+
+
+@contextlib.contextmanager
+def plain_warnings():
+    """Warnings as lines of a command's output, each once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("once", category=UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr, flush=True)
+        yield
+
+
+def in_words(error: Exception) -> str:
+    """What an error says to a person: its message, of the system's errors with the path."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error.args[0]) if error.args else type(error).__name__
+
+
 def find_run(name: str, params: dict, needs_saes: bool = True) -> Run | None:
     """The finished run of a notebook with all these parameters, stale or not (a fresh one first), or None.
 
@@ -299,9 +581,13 @@ def find_run(name: str, params: dict, needs_saes: bool = True) -> Run | None:
     """
     directory = run_dir(notebook_path(name), params)
     places = [directory] if needs_saes else [directory, REFERENCE / name / directory.name]
-    manifests = [(place, read_json(place / "manifest.json")) for place in places if (place / "manifest.json").exists()]
-    found = [Run(place, manifest) for place, manifest in manifests if manifest["finished"]]
+    found = [run for run in map(whole_run, places) if run and run.manifest["finished"]]
     return min(found, key=lambda run: bool(run.stale()), default=None)
+
+
+def made_on(manifest: dict) -> str:
+    """The GPU that made a run, or the threads of the CPU: results are equal to the byte only where these are."""
+    return manifest.get("gpu") or f"CPU, threads: {manifest.get('threads')}"
 
 
 def environment() -> dict:

@@ -44,9 +44,9 @@ def test_a_name_that_is_not_there_is_said_with_those_that_are():
     with pytest.raises(KeyError, match="'x/yy' .did you mean 'y'.*at 'yy' there are y"):
         read({"x": {"y": 1}}, "x/yy")
     for metrics, value in (({"x": [5]}, "x/1"), ({"x": [5]}, "x/y"), ({"x": 1}, "x/y"), ({"x": None}, "x/y")):
-        with pytest.raises(KeyError, match=f"metrics have no '{value}'"):
+        with pytest.raises(KeyError, match=f"metrics has no '{value}'"):
             read(metrics, value)
-    with pytest.raises(TypeError, match="'x' of the metrics is no number, but a dict"):
+    with pytest.raises(TypeError, match="'x' of metrics is no number, but a dict"):
         read({"x": {}}, "x")
 
 
@@ -175,6 +175,80 @@ def test_a_claim_without_runs_has_no_row(reference):
     assert claims.evaluate(found(reference), [CLAIM]) == []
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("manifest.json", "[]"),
+        ("manifest.json", "{"),
+        ("manifest.json", None),
+        ("manifest.json", '{"notebook": "01_toy", "finished": true}'),
+        ("metrics.json", "[1]"),
+        ("metrics.json", None),
+        ("metrics.json", '{"a": 1.0}'),
+        ("metrics.json", '{"a": 1.0, "b": "text"}'),
+    ],
+)
+def test_a_damaged_reference_run_costs_one_row_and_is_named(reference, monkeypatch, capsys, name, content):
+    """Of a damaged one the seed is lost, of one without a number the claims that need it."""
+    monkeypatch.setattr(claims, "SWEEP", reference.parents[1] / "sweep.toml")
+    monkeypatch.setattr(
+        claims, "CLAIMS", [CLAIM, CLAIM._replace(claim="a is positive", value="a", controls={}, also={})]
+    )
+    for seed in range(1, 6):
+        committed(reference, seed, {"a": 1.0, "b": 2.0})
+    damaged = reference / "01_toy" / "c5" / name
+    damaged.unlink()
+    damaged.write_text(content) if content else damaged.mkdir()
+    monkeypatch.setattr(claims, "reference_runs", lambda: claims.by_seed(claims.committed()))
+    assert claims.main([]) == 0
+    out, err = capsys.readouterr()
+    assert "| a is positive | 1 [1, 1] |" in out and err.startswith("warning: ") and str(damaged) in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", ["notebook", "run_id"])
+@pytest.mark.parametrize("value", ["../../victim", "{tmp}/victim", "..", ".", "", "a\0b", "c1/../../../victim"])
+def test_a_crafted_manifest_makes_nothing_change_elsewhere(reference, tmp_path, monkeypatch, field, value):
+    monkeypatch.setattr(claims, "CLAIMS", [CLAIM])
+    (tmp_path / "README.md").write_text("")
+    for directory in ("victim", "victim/01_toy", "reference/victim"):
+        (tmp_path / directory / "c9").mkdir(parents=True)
+        for file in ("manifest.json", "metrics.json", "keep.txt"):
+            (tmp_path / directory / "c9" / file).write_text("theirs")
+    for seed in range(1, 5):
+        committed(reference, seed, {"a": 1.0, "b": 2.0})
+    manifest = reference / "01_toy" / "c1" / "manifest.json"
+    write_json(manifest, read_json(manifest) | {field: value.format(tmp=tmp_path)})
+    before = everything(tmp_path)
+    with pytest.warns(UserWarning, match="does not belong here"):
+        claims.collect(tmp_path / "sweep.toml", tmp_path / "README.md")
+    written = {"reference/claims.json", "reference/claims.md", "README.md"}
+    gone = {"reference/runs/01_toy/c1/manifest.json", "reference/runs/01_toy/c1/metrics.json"}  # no run of this version
+    assert {path: text for path, text in everything(tmp_path).items() if path not in written} == {
+        path: text for path, text in before.items() if path not in written | gone
+    }
+
+
+def everything(directory):
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_text() for path in files}
+
+
+def test_collecting_passes_over_stray_files(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "CLAIMS", [CLAIM])
+    (tmp_path / "README.md").write_text("")
+    for seed in range(1, 5):
+        committed(reference, seed, {"a": 1.0, "b": 2.0})
+    committed(reference, 1, {"a": 1.0, "b": 2.0}, code="old")
+    strays = [reference / "notes.txt", reference / "01_toy" / ".DS_Store", reference / "01_toy" / "mine" / "x.txt"]
+    for stray in strays:
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_text("mine")
+    claims.collect(tmp_path / "sweep.toml", tmp_path / "README.md")
+    assert all(stray.read_text() == "mine" for stray in strays)
+    assert not (reference / "01_toy" / "old1").exists(), "a run of another version is replaced"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A sweep, collected
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,7 +375,7 @@ def test_readme_claims_and_manifests_agree():
     of_text = {(claim.paper, claim.claim): claim for claim in CLAIMS}
     for row in rows:
         of_seed = {
-            run.manifest["seed"]: run for run in (claims.run_at(HOME / "runs" / run_id) for run_id in row["run_ids"])
+            run.manifest["seed"]: run for run in (runs.run_at(HOME / "runs" / run_id) for run_id in row["run_ids"])
         }
         assert all(run.manifest["finished"] for run in of_seed.values())
         assert len({claims.version(run.manifest) for run in of_seed.values()}) == 1

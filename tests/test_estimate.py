@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sae_utils import estimate, execute, sweep
-from sae_utils.estimate import KNOWN, Model, Plan, check, model_of, sae_parameters
+from sae_utils.estimate import KNOWN, Model, Plan, model_of, sae_parameters
 from sae_utils.files import ROOT
 
 TINY = Model(n_layers=2, d_model=2, n_heads=1, n_ctx=4, d_vocab=3)
@@ -91,31 +91,26 @@ def test_evaluation_by_hand(plan):
     [
         ({"k": 1025}, "k=1025: active latents per token are at most d_sae=1024"),
         ({"ks": [2, 2000]}, r"ks=\[2, 2000\]: active latents"),
-        ({"ks": []}, "at least one value"),
-        ({"lr": 0.0}, "lr=0.0: it has to be above 0"),
-        ({"batch_size": 0}, "batch_size=0: it has to be at least 1"),
         ({"batch_size": 10**6}, "give 597,465 activations"),  # 2,343 rows of 255
         ({"hook_name": "blocks.6.hook_resid_pre"}, "has layers 0 to 5"),
         ({"n_tokens": 255}, "n_tokens=255: less than one row"),
         ({"n_eval_tokens": 100}, "n_eval_tokens=100: less than one row"),
-        ({"seed": -1}, "seed=-1: it has to be between"),
-        ({"device": "cuddda"}, "device='cuddda': allowed are auto, cpu, cuda"),
     ],
 )
-def test_parameters_out_of_range_are_refused(change, message):
+def test_parameters_that_do_not_fit_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        check("01_train_topk", execute.resolve("01_train_topk", change))
+        execute.resolve("01_train_topk", change)
 
 
 def test_a_choice_batch_that_cannot_use_every_latent_is_refused():
     with pytest.raises(ValueError, match="batch_size=128: Feature Choice needs"):
-        check("05_train_adaptive", execute.resolve("05_train_adaptive", {"batch_size": 128}))
+        execute.resolve("05_train_adaptive", {"batch_size": 128})
 
 
 def test_contexts_that_leave_no_room_for_what_is_generated_are_refused():
-    check("07_steering", execute.resolve("07_steering", {"n_prompt": 244, "n_new": 12}))
+    execute.resolve("07_steering", {"n_prompt": 244, "n_new": 12})
     with pytest.raises(ValueError, match="n_prompt=245: beside n_new=12 the model's context has room for 244 tokens"):
-        check("07_steering", execute.resolve("07_steering", {"n_prompt": 245, "n_new": 12}))
+        execute.resolve("07_steering", {"n_prompt": 245, "n_new": 12})
 
 
 def dry_run(capsys, path, *more):

@@ -69,6 +69,15 @@ def test_a_parameters_cell_that_papermill_would_get_wrong_is_refused(notebook, l
         parameters_of(notebook(parameters=line))
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"worksheets": []}', '{"cells": [{"cell_type": "code"}]}', '{"cells": 1}']
+)
+def test_a_file_that_is_no_notebook_is_named(tmp_path, content):
+    (tmp_path / "x.ipynb").write_text(content)
+    with pytest.raises(ValueError, match="x.ipynb is n"):
+        parameters_of(tmp_path / "x.ipynb")
+
+
 def test_an_unknown_notebook_is_answered_with_the_near_one(notebook):
     notebook("01_train_topk")
     with pytest.raises(FileNotFoundError, match="did you mean '01_train_topk'"):
@@ -151,6 +160,44 @@ def test_values_of_a_wrong_type_are_refused_before_anything_is_made(notebook, tm
     assert start_run("01_toy", defaults(path) | {"rate": 1}).parameters["rate"] == 1.0, "an int serves as a float"
 
 
+def test_numbers_of_numpy_are_numbers(notebook):
+    given = {
+        "k": np.int64(16),
+        "rate": np.float32(0.5),
+        "full": np.True_,
+        "sizes": [np.uint8(3)],
+        "rates": [np.float64(1), 2],
+    }
+    run = start_run("01_toy", defaults(notebook()) | given)
+    assert [run.parameters[name] for name in given] == [16, 0.5, True, [3], [1.0, 2.0]]
+    assert json.loads((run.dir / "manifest.json").read_text())["parameters"] == run.parameters
+    with pytest.raises(TypeError, match="k=array.*is of type ndarray, but k is declared int"):
+        start_run("01_toy", run.parameters | {"k": np.ones(2, int)})
+
+
+def test_no_hook_of_a_model_is_refused_by_its_form(tiny_gpt2, tiny_neox, tiny_llama):
+    for lm in (tiny_gpt2, tiny_neox, tiny_llama):
+        assert [runs.hook_form("hook_name", name) for name in lm.hook_dict] == list(lm.hook_dict)
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", "", "a\0", None])
+def test_names_of_what_a_run_saves_do_not_lead_out_of_it(notebook, name):
+    run = start_run("01_toy", defaults(notebook()))
+    for save in (run.checkpoint, run.sae):
+        with pytest.raises(ValueError, match="cannot name what is saved in"):
+            save(name)
+    with pytest.raises(ValueError, match="cannot name what is saved in"):
+        run.figure(None, "../x")
+
+
+def test_a_shape_is_read_from_local_models_only(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3, "vocab_size": "many"}))
+    assert runs.config_of(str(tmp_path)) == {"n_layers": 3} and runs.config_of("gpt2") == {} == runs.config_of("a\0")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json holds no JSON object"):
+        runs.config_of(str(tmp_path))
+
+
 def test_only_the_unfinished_run_of_the_same_sources_keeps_its_checkpoints(notebook):
     params = defaults(notebook())
     run = start_run("01_toy", params)
@@ -187,6 +234,8 @@ def test_a_run_is_stale_if_its_sources_or_those_of_a_required_run_or_its_noteboo
     notebook("01_toy", code="x = 'changed'")
     assert "whose notebook has changed" in find_run("02_toy", params).stale()
     manifest = json.loads((run.dir / "manifest.json").read_text())
+    write_json(run.dir / "manifest.json", manifest | {"requires": {"../../x/1": {"sources": {}, "code": "c"}}})
+    assert "required ../../x/1, whose notebook has changed" in find_run("02_toy", params).stale()
     manifest["requires"][f"01_toy/{required.id}"]["sources"] = {"runs.py": "other"}
     write_json(run.dir / "manifest.json", manifest)
     required_stale = f"required 01_toy/{required.id}, which other sae_utils sources made (runs.py)"

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -37,13 +38,26 @@ def notebook(tmp_path, monkeypatch):
     monkeypatch.delenv(execute.KEEP_STALE, raising=False)
     monkeypatch.chdir(ROOT)
 
-    def write(name, *code, finish="run.finish({'k': k, 'draw': random.random()})"):
+    def write(name, *code, finish="run.finish({'k': k, 'draw': random.random()})", parameters=PARAMETERS, heading=""):
         start = f"import random\nfrom sae_utils.runs import start_run\nrun = start_run('{name}', globals())\n{LOG}"
-        cells = [nbformat.v4.new_code_cell(source) for source in (PARAMETERS, start, *code, finish)]
+        cells = [nbformat.v4.new_code_cell(source) for source in (parameters, start, *code, finish)]
         cells[0].metadata["tags"] = ["parameters"]
+        cells[2:2] = [nbformat.v4.new_markdown_cell(heading)]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
 
     return write
+
+
+@pytest.fixture
+def finished(notebook):
+    """`finished(name, **params)`: a finished run, made here without a kernel."""
+
+    def make(name="01_toy", **params):
+        run = start_run(name, execute.resolve(name, params))
+        run.finish({"a": 1.5})
+        return run
+
+    return make
 
 
 @pytest.fixture
@@ -176,9 +190,274 @@ def test_shards_partition_the_plan(notebook, tmp_path, capsys):
         main(path, "--shard", "4/3")
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("seed", "-1", "seed=-1: it has to be a whole number from 0 to 4,294,967,295"),
+        ("seed", str(2**32), "seed=4294967296: it has to be a whole number from 0 to"),
+        ("k", "0", "k=0: it has to be a whole number of at least 1"),
+        ("k", "17", "01_toy: k=17: active latents per token are at most d_sae=16"),
+        ("ks", "[]", "ks=[]: it needs at least one value"),
+        ("ks", "4,0", "ks[1]=0: it has to be a whole number of at least 1"),
+        ("ks", "4,17", "01_toy: ks=[4, 17]: active latents per token are at most d_sae=16"),
+        ("lr", "nan", "lr=nan: it has to be a finite number"),
+        ("lr", "-0.5", "lr=-0.5: it has to be a finite number above 0"),
+        ("other", "inf", "other=inf: it has to be a finite number"),
+        ("batch_size", "9999", "01_toy: batch_size=9999: n_tokens=512 give 510 activations"),
+        ("n_tokens", "255", "01_toy: n_tokens=255: less than one row of the model's context of 256 tokens"),
+        ("device", "gpu", "device='gpu' (did you mean 'cpu'?): allowed are auto, cpu, cuda"),
+        ("hook_name", "blocks.6.hook_resid_pre", "01_toy: hook_name='blocks.6.hook_resid_pre': python-lm has layers 0 to 5"),
+        ("hook_name", "blocks.3.hook_resid_prr", "the last part of hook_name='hook_resid_prr' (did you mean 'hook_resid_pre'?)"),
+        ("hook_name", "transformer.h.3", "hook_name='transformer.h.3': a hook is named as in 'blocks.3.hook_resid_pre'"),
+        ("model", "pyton-lm", "model='pyton-lm': no such directory (did you mean 'python-lm'?). Allowed: 'python-lm', a"),
+        ("model", "./none", "model='./none': no such directory. Allowed"),
+        ("model", "FILE", "no such directory. Allowed"),
+        ("dataset", "texs.txt", "dataset='texs.txt': no such file or directory"),
+        ("dataset", "\udcff", "dataset='\\udcff': it has to be Unicode text"),
+        ("output_dir", "FILE", "is a file, but runs need a directory"),
+        ("output_dir", "FILE/below", "is a file, but runs need a directory"),
+        ("output_dir", "~nobody-here/runs", "output_dir='~nobody-here/runs' cannot be a directory"),
+        ("output_dir", "x" * 300, "cannot be a directory"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_said_in_a_line_before_a_kernel_starts(notebook, tmp_path, capsys, name, value, message):
+    more = "model = 'python-lm'\ndataset = 'python-source'\nhook_name = 'blocks.0.attn.hook_z'\nn_tokens = 512\n"
+    more += "batch_size = 8\nd_sae = 16\nks = [4, 8]\nlr = 0.1\nother = 0.1\ndevice = 'auto'\n"
+    notebook("01_toy", parameters=PARAMETERS + more)
+    (tmp_path / "file").touch()
+    assert main("run", "01_toy", "-p", name, value.replace("FILE", str(tmp_path / "file"))) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and len(error.splitlines()) == 1, error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "argument, hint",
+    [
+        ("01_toy", "python -m sae_utils.sweep run 01_toy"),
+        ("01_tyo", "python -m sae_utils.sweep run 01_toy"),
+        ("{tmp}/01_toy.ipynb", "python -m sae_utils.sweep run 01_toy"),
+        ("sweeps/labtop.toml", "did you mean sweeps/laptop.toml"),
+        ("laptop", "did you mean sweeps/laptop.toml"),
+    ],
+)
+def test_what_is_no_sweep_file_is_answered_with_what_was_meant(notebook, tmp_path, capsys, argument, hint):
+    notebook("01_toy")
+    assert main(argument.format(tmp=tmp_path)) == 2
+    assert hint in capsys.readouterr().err
+    assert main("run", "sweeps/laptop.toml") == 2
+    assert "is a sweep file, not a notebook: leave out `run`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../01_toy", "{tmp}/01_toy", "sub/../01_toy", "..", "", "01_toy\0"])
+def test_a_name_that_leads_elsewhere_is_no_notebook(notebook, tmp_path, capsys, monkeypatch, name):
+    notebook("01_toy")
+    (tmp_path / "sub").mkdir()
+    monkeypatch.setenv("SAE_UTILS_NOTEBOOKS", str(tmp_path / "sub"))
+    name = name.format(tmp=tmp_path)
+    assert main("run", name) == 2 and main(toml(tmp_path, f"[{json.dumps(name)}]\n"), "--list") == 2
+    assert capsys.readouterr().err.count("error: no notebook") == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def directory_instead(file):
+    file.unlink()
+    file.mkdir()
+
+
+def edited(**changes):
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "metrics.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_text("[1, 2]"),
+        lambda file: file.write_text(file.read_text()[:-5]),
+        lambda file: file.write_bytes(b"\xff\0\xfe"),
+        lambda file: file.write_text("[" * 10**5),
+        directory_instead,
+    ],
+    ids=["list", "cut off", "binary", "deep", "directory"],
+)
+def test_a_damaged_file_costs_one_row_and_a_new_run_replaces_it(finished, notebook, tmp_path, capsys, name, damage):
+    notebook("01_toy")
+    run, other = finished(k=2), finished(k=4)
+    damage(run.dir / name)
+    check_one_row_is_lost(run, other, run.dir / name, tmp_path, capsys)
+    with pytest.warns(UserWarning, match="counts as missing"):
+        assert finished(k=2).id == run.id
+    assert main(tmp_path / "sweep.toml", "--list") == 0
+    assert capsys.readouterr() == ("finished  01_toy k=2\nfinished  01_toy k=4\n", "")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sources": None},
+        {"requires": {"01_toy/1": []}},
+        {"requires": {"01_toy/1": {"code": "", "sources": []}}},
+        {"own_modules": ["x.py"]},
+        {"finished": 1},
+        {"wall_seconds": "1"},
+        {"run_id": "../../elsewhere"},
+        {"notebook": "/tmp/01_toy"},
+        {"run_id": "a\0"},
+        {"seed": [0]},
+        {"seed": 5},
+    ],
+)
+def test_a_foreign_manifest_costs_one_row(finished, notebook, tmp_path, capsys, changes):
+    notebook("01_toy")
+    run, other = finished(k=2), finished(k=4)
+    edited(**changes)(run.dir / "manifest.json")
+    check_one_row_is_lost(run, other, run.dir / "manifest.json", tmp_path, capsys)
+
+
+def check_one_row_is_lost(run, other, path, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(toml(tmp_path, "[01_toy]\nk = [2, 4]\n"), "--list") == 0
+    out, err = capsys.readouterr()
+    assert out == "missing   01_toy k=2\nfinished  01_toy k=4\n"
+    assert err.startswith("warning: ") and len(err.splitlines()) == 1 and str(path) in err, err
+    assert main("runs") == 0
+    rows = {line.split()[-1]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert f"damaged ({path}" in rows[str(run.dir)] and "a=1.5" in rows[str(other.dir)]
+
+
+def test_finished_runs_are_listed_with_what_differs(finished, notebook, tmp_path, capsys):
+    assert main("runs") == 0 and "no finished run in" in capsys.readouterr().out
+    notebook("01_toy")
+    notebook("02_toy")
+    runs_made = [finished(k=2), finished("02_toy"), finished(seed=3, rate=0.5)]
+    start_run("01_toy", execute.resolve("01_toy", {}))  # not finished
+    for age, run in enumerate(runs_made):
+        os.utime(run.dir / "manifest.json", (1e9 + age, 1e9 + age))
+    assert main("runs") == 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split("  ")[0] for row in rows] == ["01_toy rate=0.5 seed=3", "02_toy", "01_toy k=2"]
+    assert all(
+        "a=1.5" in row and "  finished  " in row and row.endswith(str(run.dir))
+        for row, run in zip(rows, runs_made[::-1])
+    )
+    notebook("01_toy", "an_edit = 1")
+    assert main("runs", "01_toy") == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert len(rows) == 2 and all("stale (its notebook has changed since)" in row for row in rows)
+    (tmp_path / "01_toy.ipynb").unlink()
+    assert main("runs") == 0 and len(capsys.readouterr().out.splitlines()) == 4, "runs of a notebook that is gone"
+    assert main("runs", "01_tyo") == 2 and "no notebook '01_tyo'" in capsys.readouterr().err
+
+
+def test_names_in_files_do_not_steer_the_terminal(finished, notebook, capsys):
+    notebook("01_toy")
+    run = finished(k=2)
+    write_json(run.dir / "metrics.json", {"a\x1b[2J\n": 1, "huge": 2})
+    assert main("runs") == 0
+    assert "a\\x1b[2J\\n=1 huge=2" in capsys.readouterr().out
+
+
+def test_stray_files_are_passed_over(finished, notebook, tmp_path, capsys):
+    notebook("01_toy")
+    run = finished(k=2)
+    strays = [run.dir.parents[1] / "notes.txt", run.dir.parents[1] / "manifest.json", run.dir.parent / ".DS_Store"]
+    strays += [
+        run.dir.parent / "metrics.json",
+        run.dir / "mine.txt",
+        run.dir.parent / "empty" / "x",
+        tmp_path / "runs" / "d" / "x" / "y",
+    ]
+    for stray in strays:
+        stray.parent.mkdir(parents=True, exist_ok=True)
+        stray.write_text("mine")
+    assert main(toml(tmp_path, "[01_toy]\nk = [2, 4]\n"), "--list") == 0
+    assert capsys.readouterr() == ("finished  01_toy k=2\nmissing   01_toy k=4\n", "")
+    assert main("runs") == 0 and len(capsys.readouterr().out.splitlines()) == 2
+    finished(k=2)
+    assert all(stray.read_text() == "mine" for stray in strays)
+
+
+def test_a_run_says_which_cell_it_is_in(notebook, tmp_path, monkeypatch, capsys):
+    """A line at the start, then one whenever `LOG_EVERY` seconds are over, also while a required run is executed."""
+    notebook("01_toy", "import time; time.sleep(1)")
+    notebook(
+        "02_toy",
+        "# ## no heading",
+        "from sae_utils import require\nrequire('01_toy')",
+        heading="## Look\n```\n# code\n```",
+    )
+    assert main(toml(tmp_path, "[01_toy]\nseed = 1\n[02_toy]\nk = 4\n"), "--shard", "1/2") == 0
+    assert capsys.readouterr().err.count("\n") == 1, "a short run has one line in a log"
+    monkeypatch.setattr(execute, "LOG_EVERY", 0.4)
+    assert main(tmp_path / "sweep.toml") == 0
+    first, *more = capsys.readouterr().err.splitlines()
+    (run,) = (tmp_path / "runs" / "02_toy").glob("*/manifest.json")
+    assert first == f"[2/2] 02_toy k=4: executing it in {run.parent}"
+    assert all(re.match(r"\[2/2\] 02_toy: (code cell \d of 5|the start of the kernel)", line) for line in more)
+    assert any(
+        re.search(r"code cell 4 of 5 under 'Look', 0:00:0\d of 0:00:0\d. 01_toy is not there yet: executing it$", line)
+        for line in more
+    ), more
+
+
+def test_on_a_terminal_one_line_is_updated(notebook, tmp_path):
+    notebook("01_toy", "import time; time.sleep(2.5)")
+    ours, theirs = pty.openpty()
+    assert command("run", "01_toy", stdout=subprocess.DEVNULL, stderr=theirs).wait() == 0
+    os.close(theirs)
+    with open(ours, "rb", buffering=0) as terminal:
+        written = terminal.read(10**5).decode()
+    assert written.count("\n") == 1 and written.count("\r01_toy: code cell 3 of 4") >= 2
+    assert written.rstrip("\r").endswith(" "), "the line is wiped out"
+
+
+def test_after_an_interrupt_one_line_says_how_to_go_on(notebook, log, tmp_path):
+    wait = "import os, time\n(run.dir / 'pid').write_text(str(os.getpid()))\n"
+    wait += "while seed == 1 and not (run.dir.parents[1] / 'go').exists(): time.sleep(.05)"
+    notebook("01_toy", wait)
+    path = toml(tmp_path, "[01_toy]\nseed = [0, 1]\n")
+    stopped = command(path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pids = tmp_path / "runs" / "01_toy"
+    wait_for(lambda: len(list(pids.glob("*/pid"))) == 2)
+    kernels = [int(file.read_text()) for file in pids.glob("*/pid")]
+    stopped.send_signal(signal.SIGINT)
+    said = [line for line in stopped.communicate()[1].splitlines() if line and "executing it in" not in line]
+    assert stopped.returncode == 130
+    assert said == [
+        f"Interrupted. Finished runs are kept; the same command goes on where it stopped: python -m sae_utils.sweep {path}"
+    ]
+    wait_for(lambda: not any(alive(pid) for pid in kernels), seconds=5)
+    (tmp_path / "runs" / "go").touch()
+    assert command(path, stdout=subprocess.DEVNULL).wait() == 0
+    assert log() == ["01_toy 8 0", "01_toy 8 1", "01_toy 8 1"]
+
+
+def test_braces_in_a_path_are_no_placeholders(notebook, tmp_path):
+    notebook("01_toy")
+    done = execute.run("01_toy", {"output_dir": str(tmp_path / "{k}" / "{x}")})
+    assert (done.dir / "notebook.ipynb").is_file() and done.dir.is_relative_to(tmp_path / "{k}" / "{x}")
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ("x = 2\n\nassert x == k", "AssertionError\n  at: code cell 4 of 5 under 'Train it', line 3: assert x == k\n"),
+        ("f(\n    2)", "AssertionError\n  at: code cell 4 of 5 under 'Train it', line 1: f(\n  in: line 3 of what it called: assert v > 2\n"),
+        ("x = = 1", "at: code cell 4 of 5 under 'Train it', line 1: x = = 1\n"),
+        ("json.loads('')", "JSONDecodeError: Expecting value: line 1 column 1 (char 0)\n  at: code cell 4 of 5 under 'Train it', line 1: json.loads('')\n  in: line"),
+        ("import os\nos._exit(1)", "DeadKernelError: Kernel died\n  at: code cell 4 of 5 under 'Train it'\n"),
+    ],
+)  # fmt: skip
+def test_a_failed_cell_is_named_with_its_number_and_line(notebook, code, message):
+    notebook("01_toy", "import json\ndef f(v):\n    assert v > 2", code, heading="## Train it")
+    with pytest.raises(execute.RunFailed) as failed:
+        execute.run("01_toy", {"k": 3})
+    assert message in str(failed.value), failed.value
 
 
 def test_a_run_is_found_not_repeated_unless_stale_and_equal_seeds_give_equal_bytes(notebook, log, tmp_path, capsys):
@@ -209,16 +488,16 @@ def test_a_run_is_found_not_repeated_unless_stale_and_equal_seeds_give_equal_byt
 
 
 def test_a_failing_run_is_collected_and_the_others_go_on(notebook, log, tmp_path, capsys):
-    notebook("01_toy", "inverse = 1 / k")
-    path = toml(tmp_path, "[01_toy]\nk = [2, 0, 4]\n")
+    notebook("01_toy", "inverse = 1 / (k - 3)")
+    path = toml(tmp_path, "[01_toy]\nk = [2, 3, 4]\n")
     assert main(path) == 1
     out, err = capsys.readouterr()
     assert [line.split(", ")[0] for line in out.splitlines()[:3]] == [
         "[1/3] 01_toy k=2: done",
-        "[2/3] 01_toy k=0: FAILED",
+        "[2/3] 01_toy k=3: FAILED",
         "[3/3] 01_toy k=4: done",
     ]
-    assert "ZeroDivisionError: division by zero" in err and "'k': 0" in err
+    assert "ZeroDivisionError: division by zero" in err and "'k': 3" in err
     part = nbformat.read(err.split("executed part: ")[1].strip(), as_version=4)
     assert any(output.output_type == "error" for cell in part.cells for output in cell.get("outputs", []))
     assert main(path, "--list") == 0
@@ -309,6 +588,40 @@ def test_a_notebook_gets_the_runs_it_requires(notebook, log, tmp_path, monkeypat
     assert execute.require("01_toy", rate=0.5).id == required.id
     assert list(by_hand.manifest["requires"]) == [f"01_toy/{required.id}"]
     assert len(log()) == 2
+
+
+def test_a_run_is_stale_where_what_it_requires_would_now_be_another_run(notebook, finished, tmp_path, monkeypatch):
+    """k of the required run is of the sweep in force, or else its notebook's default."""
+    for name in ("01_toy", "02_toy"):
+        notebook(name)
+    monkeypatch.setenv(execute.TIER, toml(tmp_path, "[01_toy]\nk = 6\n"))
+    finished("01_toy", seed=3)
+    caller = start_run("02_toy", execute.resolve("02_toy", {"seed": 3}))
+    assert execute.require("01_toy").parameters["k"] == 6
+    caller.finish({})
+    params = execute.resolve("02_toy", {"seed": 3})
+    assert find_run("02_toy", params).stale() == ""
+    for text in ("[01_toy]\nk = 7\n", "[02_toy]\n"):
+        toml(tmp_path, text)
+        assert "other parameters" in find_run("02_toy", params).stale()
+    notebook("01_toy", parameters=PARAMETERS.replace("k: int = 8", "k: int = 6"))
+    assert find_run("02_toy", params).stale() == ""
+    notebook("01_toy", parameters=PARAMETERS.replace("seed", "seeds"))
+    assert "other parameters" in find_run("02_toy", params).stale()
+
+
+def test_a_run_is_stale_where_a_module_of_its_own_has_changed(notebook, log, tmp_path):
+    module = tmp_path / "mine.py"
+    module.write_text("def f():\n    return 1\n")
+    notebook("01_toy", f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport mine")
+    done = execute.run("01_toy")
+    assert list(done.manifest["own_modules"]) == [str(module.resolve())] and done.stale() == ""
+    module.write_text('def f():\n    """A docstring changes nothing."""\n    return 1\n')
+    assert find_run("01_toy", done.parameters).stale() == ""
+    module.write_text("def f():\n    return 2\n")
+    assert "mine.py, which its notebook imports, has changed" in find_run("01_toy", done.parameters).stale()
+    module.unlink()
+    assert "mine.py" in find_run("01_toy", done.parameters).stale()
 
 
 def test_the_failure_of_a_required_run_is_shown_where_it_was_required(notebook, tmp_path):
