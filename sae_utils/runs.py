@@ -10,7 +10,6 @@ Imports no torch, so that the sweep runner can use it.
 
 import ast
 import contextlib
-import difflib
 import functools
 import importlib.metadata
 import math
@@ -33,13 +32,12 @@ from filelock import Timeout
 
 from .data import corpus_hash
 from .files import (
-    ASSETS,
-    BUILTIN_MODEL,
     OUTPUTS,
     PACKAGE,
     ROOT,
     code_hash,
     digest,
+    find_model,
     lock,
     model_hash,
     read_json,
@@ -60,7 +58,6 @@ MANIFEST = dict(  # what every manifest holds; a finished run's has also `wall_s
 )  # fmt: skip
 BLOCK_HOOKS = """hook_in hook_out hook_resid_pre hook_resid_mid hook_resid_post hook_attn_in hook_attn_out hook_mlp_in hook_mlp_out
     hook_q_input hook_k_input hook_v_input""".split()  # those of a block itself; those of its parts differ between models
-ALLOWED_MODELS = f"{BUILTIN_MODEL!r}, a Hugging Face directory, or a hub name owner/name[@revision]."
 _current = None
 
 
@@ -215,10 +212,6 @@ def check_together(name: str, p: dict) -> dict:
         for key in ("k", "ks"):
             need(key, lambda v: np.max(v) <= widths[narrowest], most)
     need("coefficients", lambda v: len(v) > 1, "a sweep over them needs at least two values")
-    if (model := p.get("model", BUILTIN_MODEL)) != BUILTIN_MODEL and not (path := Path(model).expanduser()).is_dir():
-        guess = near(model, [BUILTIN_MODEL]) if difflib.get_close_matches(model, [BUILTIN_MODEL], cutoff=0.8) else ""
-        if guess or path.exists() or path.is_absolute() or model.startswith(".") or not 1 <= len(path.parts) <= 2:
-            raise FileNotFoundError(f"model={model!r}: no such directory{guess}. Allowed: {ALLOWED_MODELS}")
     shape = {} if p.get("retrain") else config_of(p.get("model", ""))
     n_layers, n_ctx = shape.get("n_layers"), shape.get("n_ctx")
     if n_layers and (found := re.match(r"blocks\.(\d+)\.", p.get("hook_name", ""))):
@@ -244,8 +237,7 @@ def check_together(name: str, p: dict) -> dict:
 
 def config_of(model: str) -> dict:
     """n_layers, d_model, n_heads, n_ctx and d_vocab of a local model, as far as its config.json says so; of a hub name nothing."""
-    file = (ASSETS / model if model == BUILTIN_MODEL else Path(model).expanduser()) / "config.json"
-    if not model or not file.is_file():
+    if not model or not (directory := find_model(model)):
         return {}
     names = {
         "n_layers": ("n_layer", "num_hidden_layers", "num_layers"),
@@ -254,7 +246,7 @@ def config_of(model: str) -> dict:
         "n_ctx": ("n_positions", "max_position_embeddings"),
         "d_vocab": ("vocab_size",),
     }
-    config = read_table(file)
+    config = read_table(directory / "config.json")
     found = {key: next((config[name] for name in of_key if name in config), None) for key, of_key in names.items()}
     return {key: value for key, value in found.items() if type(value) is int and value > 0}
 
