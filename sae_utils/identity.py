@@ -129,14 +129,10 @@ def function(f, where: str, inner) -> list:
 
 
 def bytecode(code: types.CodeType, inner) -> list:
-    """What the code does, without its docstring, which is the first constant where there is one."""
-    constants = code.co_consts
-    may = code.co_flags & 0x4000000 if sys.version_info >= (3, 13) else not code.co_name.startswith("<")
-    if may and constants and isinstance(constants[0], str):
-        constants = constants[1:]
-    nested = [bytecode(c, inner) if isinstance(c, types.CodeType) else inner(c, "a constant") for c in constants]
-    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return [code.co_code.hex(), nested, code.co_names, arguments, code.co_exceptiontable.hex()]
+    """What the code does, step by step, each with the value that it is about; a docstring is in no step."""
+    steps = [(i.opname, i.argval) for i in dis.get_instructions(code)]
+    steps = [[op, bytecode(v, inner) if isinstance(v, types.CodeType) else inner(v, "a constant")] for op, v in steps]
+    return [steps, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], code.co_exceptiontable.hex()]
 
 
 def read_globals(code: types.CodeType):

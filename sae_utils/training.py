@@ -79,7 +79,7 @@ def train(
     History: ~200 rows a SAE: step, tokens, lr, the objective's scalars (each averaged since the row before), dead (the share
     of dead latents), and with several SAEs `sae`, the name. A UserWarning says so if an objective's coefficient kills every
     latent, or none; if bf16 is not there; and if a few tokens of high norm (over 5 times the usual, as above) hold most of the
-    variance of the first batch: the history then has `fvu_ordinary`, the FVU without them, of the last batch of each row.
+    variance of a batch: from then on each row has `fvu_ordinary`, the FVU of its last batch without them.
 
     Raises FloatingPointError naming the batch if x or a loss is not finite (the checkpoint keeps the last good state);
     ValueError for settings out of range, an objective that does not fit, a stream that is empty, of another width, without
@@ -126,7 +126,7 @@ def train(
                 iterator = skip(batches, iterator, step, place) if step < n_steps else iterator
         rows = without_first(first["x"].to(device)).flatten(0, -2)
         usual = typical(rows)
-        few_hold_most = skip_norm_above is None and warn_of_high_norms(rows, high_norm(rows, *usual))
+        few_hold_most = any("fvu_ordinary" in row for row in history)
         if skip_norm_above is not None:
             rows = rows[~high_norm(rows, *usual, skip_norm_above)]
         for sae, _ in jobs.values() if step == 0 else ():
@@ -165,6 +165,7 @@ def train(
             if log or device.type == "cpu":  # reading a scalar makes a GPU wait, so there it is done once in a while
                 check_finite(scalars if log else scalars[-1:], step, checkpoint)
             if log:
+                few_hold_most = few_hold_most or skip_norm_above is None and warn_of_high_norms(x, usual)
                 for name, (sae, _) in jobs.items():
                     row = {"sae": name} if name else {}
                     row |= {"step": step, "tokens": step * n_tokens, "lr": rates[name] * factor}
@@ -249,16 +250,17 @@ def check_terms(terms, name: str) -> dict[str, Tensor]:
     return {key: torch.as_tensor(value, device=device).reshape(()) for key, value in terms.items()}
 
 
-def warn_of_high_norms(rows: Tensor, high: Tensor) -> bool:
-    """Whether the few tokens marked hold over half of the variance of the rows; then a UserWarning says what to do."""
-    rows = rows.float()
+def warn_of_high_norms(x: Tensor, usual) -> bool:
+    """Whether a few tokens of high norm hold over half of the variance of a batch; then a UserWarning says what to do."""
+    rows = without_first(x).flatten(0, -2).float()
+    high = high_norm(rows, *usual)
     deviation = (rows - rows.mean(0)).square().sum(1)
     share, held = high.float().mean().item(), (deviation[high].sum() / deviation.sum()).item()
     if not (share < 0.1 and held > 0.5):
         return False
     warnings.warn(
-        f"{share:.2%} of the tokens of the first batch have a norm over {HIGH_NORM:g} times the usual and hold {held:.0%} of its "
-        f"variance, so FVU says little about the others: the history has theirs as fvu_ordinary. "
+        f"{share:.2%} of the tokens of a batch have a norm over {HIGH_NORM:g} times the usual and hold {held:.0%} of its variance, so "
+        f"FVU says little about the others: the history has theirs as fvu_ordinary from here on. "
         f"skip_norm_above={HIGH_NORM:g} leaves such tokens out of training"
     )
     return True
