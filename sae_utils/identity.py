@@ -8,6 +8,7 @@ by value. Installed packages count by name, and `sae_utils` by the hashes of its
 import builtins
 import dataclasses
 import dis
+import enum
 import functools
 import hashlib
 import inspect
@@ -22,7 +23,21 @@ from torch import Tensor, nn
 
 from .files import code_hash, digest
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, types.EllipsisType, PurePath, torch.dtype)
+PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    types.EllipsisType,
+    PurePath,
+    enum.Enum,
+    torch.dtype,
+)
 OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "_abc_impl"}
 OF_CLASSES |= {"__firstlineno__", "__static_attributes__"}
 
@@ -81,14 +96,17 @@ def stable(value, where: str, seen: dict | None = None):
     if isinstance(value, property):
         return ["property", *(inner(v, where) for v in (value.fget, value.fset, value.fdel))]
     if isinstance(value, types.ModuleType):
-        return ["module", value.__name__, "" if installed(value.__name__) else code_hash(inspect.getsource(value))]
+        own = getattr(value, "__file__", None) and not installed(value.__name__)
+        return ["module", value.__name__, code_hash(inspect.getsource(value)) if own else ""]
     if id(value) in seen:
         return ["again", seen[id(value)]]
     if isinstance(value, (type, types.FunctionType, nn.Module)):
         seen[id(value)] = len(seen)
     if isinstance(value, types.FunctionType):
         return function(value, where, inner)
-    if isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, (types.ModuleType, type(None))):
+    if isinstance(value, types.BuiltinFunctionType) and isinstance(
+        value.__self__, (types.ModuleType, type, type(None))
+    ):
         return ["builtin", value.__module__, value.__qualname__]
     if isinstance(value, type):
         known = value.__module__ != "builtins" or hasattr(builtins, value.__qualname__)  # or made by exec
@@ -104,13 +122,13 @@ def stable(value, where: str, seen: dict | None = None):
         return [inner(kind, where), inner(own, where), inner(dict(value.state_dict()), where)]
     if dataclasses.is_dataclass(value):
         return [inner(kind, where), inner({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, where)]
-    if hasattr(value, "__wrapped__") or hasattr(value, "func"):  # functools.cache, cached_property
-        return [kind.__name__, inner(getattr(value, "__wrapped__", None) or value.func, where)]
+    if kind in (functools._lru_cache_wrapper, functools.cached_property):
+        return [kind.__name__, inner(value.func if kind is functools.cached_property else value.__wrapped__, where)]
     text = repr(value) if kind.__repr__ is not object.__repr__ else " at 0x"
     if re.search(r" at 0x[0-9a-f]*|\.\.\.", text):  # an address, or a text that leaves something out
         raise ValueError(
-            f"checkpoint: {where} is a {kind.__name__} whose value cannot be told from another, so a resumed training might "
-            f"not be this one. Bind numbers, texts, tensors or arrays with functools.partial, give {kind.__name__} a "
+            f"checkpoint: {where} is of type {kind.__name__}, and its value cannot be told from another's, so a resumed training "
+            f"might not be this one. Bind numbers, texts, tensors or arrays with functools.partial, give {kind.__name__} a "
             f"__repr__ that says all of its settings, or train without checkpoint"
         )
     return [inner(kind, where), text]

@@ -160,8 +160,8 @@ def by_object(sae, batch, thing):
 def test_a_value_without_a_stable_hash_refuses_checkpoints_by_its_name(tmp_path):
     bound, thing = functools.partial(by_object, thing=Opaque()), Opaque()
     for objective, where in [
-        (bound, "thing of the objective of 'a' is a Opaque"),
-        (lambda sae, batch: by_object(sae, batch, thing), "'thing' in .*lambda.* is a Opaque"),
+        (bound, "thing of the objective of 'a' is of type Opaque"),
+        (lambda sae, batch: by_object(sae, batch, thing), "'thing' in .*lambda.* is of type Opaque"),
     ]:
         with pytest.raises(ValueError, match=f"checkpoint: {where}.*__repr__.*or train without checkpoint"):
             run({"a": (new(), objective)}, data(), checkpoint=tmp_path / "training")
