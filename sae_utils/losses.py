@@ -18,6 +18,8 @@ from torch import Tensor
 from .sparse import sparse_decode
 from .values import flag, real, whole
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
 
 def as_batch(batch) -> dict:
     """The batch as a dict with a floating-point tensor x [..., d_in]; ValueError, saying what it is, for anything else.
@@ -28,8 +30,8 @@ def as_batch(batch) -> dict:
         batch = batch[0]
     batch = batch if isinstance(batch, dict) else {"x": batch}
     x = batch.get("x")
-    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
-        batch = batch | {"x": (x := torch.from_numpy(x))}
+    if isinstance(x, np.ndarray) and x.dtype.name in FLOATS:
+        batch = batch | {"x": (x := torch.from_numpy(x.astype(np.promote_types(x.dtype, np.float32))))}
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim or not x.numel():
         about = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
         keys = f" (its keys are {', '.join(map(repr, batch))})" if x is None else ""
@@ -262,8 +264,12 @@ def check_fit(sae, objective) -> None:
         return
     name, own = func.__name__, type(sae).__name__
     if "suffix" in inspect.signature(func).parameters and settings.get("local") is not None:
-        if "distance" not in inspect.signature(settings["local"]).parameters:
-            raise ValueError(f"local={settings['local']!r}: an end-to-end objective needs one that takes a `distance`")
+        try:
+            inspect.signature(settings["local"]).bind_partial(distance=None)
+        except TypeError:
+            raise ValueError(
+                f"local={settings['local']!r}: an end-to-end objective needs one with a `distance`"
+            ) from None
         return check_fit(sae, settings["local"])
     forward = next(cls for cls in type(sae).__mro__ if "forward" in vars(cls))
     if name in FITS and forward.__module__.startswith(__package__) and sae.objective not in FITS[name]:

@@ -128,9 +128,8 @@ class SAE(nn.Module):
         Raises ValueError if the tokens do not differ by more than rounding.
         """
         if self.x_scale == 0:
-            ordinary = rows[~high_norm(rows, *typical(rows))]
-            scale = (ordinary - ordinary.mean(0)).square().mean().sqrt()
-            if scale <= 1e-6 * ordinary.square().mean().sqrt():
+            scale = scale_of(rows)
+            if scale <= 1e-6 * rows.square().mean().sqrt():
                 raise ValueError(
                     f"the first batch has no variance: all of its {len(rows):,} tokens are the same. x_scale and b_dec start "
                     f"from it, so shuffle the activations, or leave such batches out"
@@ -151,6 +150,12 @@ class SAE(nn.Module):
         if self.W_dec.grad is not None:
             for grad, row in zip(self.W_dec.grad.split(1024), self.W_dec.split(1024)):  # few enough to stay in cache
                 grad.addcmul_((grad * row).sum(1, keepdim=True), row, value=-1)
+
+
+def scale_of(rows: Tensor) -> Tensor:
+    """The standard deviation of a coordinate of rows [n, d_in] over tokens that are not of high norm."""
+    ordinary = rows[~high_norm(rows, *typical(rows))]
+    return (ordinary - ordinary.mean(0)).square().mean().sqrt()
 
 
 @contextlib.contextmanager

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from .activations import Batches
 from .files import replacing, source_hashes
 from .identity import training_parts
-from .losses import GRADIENTS, as_batch, check_fit, fvu_of, own_objective
-from .sae import HIGH_NORM, SAE, high_norm, inference, typical
+from .losses import FLOATS, GRADIENTS, as_batch, check_fit, fvu_of, own_objective
+from .sae import HIGH_NORM, SAE, high_norm, inference, scale_of, typical
 from .sparse import bf16_is_fast
 from .values import flag, real, whole
 
@@ -129,9 +129,14 @@ def train(
         few_hold_most = any("fvu_ordinary" in row for row in history)
         if skip_norm_above is not None:
             rows = rows[~high_norm(rows, *usual, skip_norm_above)]
-        for sae, _ in jobs.values() if step == 0 else ():
+        for name, (sae, _) in jobs.items() if step == 0 else ():
             sae.initialise(sae.rows(rows))
             sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
+            if (ratio := (scale_of(sae.rows(rows)) / sae.x_scale).item()) < 0.1 or ratio > 10:
+                warnings.warn(
+                    f"{f'{name!r}: ' if name else ''}x_scale={sae.x_scale:.3g} is from the SAE's first training, and these "
+                    f"activations have {ratio:.2g} times that: its biases learn in the wrong unit. Scale x, or make a new SAE"
+                )
         scales = {name: sae.x_scale.item() for name, (sae, _) in jobs.items()}
         steps = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not progress)
         for batch in itertools.islice(iterator, n_steps - step):
@@ -311,11 +316,8 @@ def as_stream(batches, batch_size: int | None, seed: int):
     if torch.is_tensor(batches):
         take = lambda i: batches.detach()[torch.from_numpy(i).to(batches.device)]  # noqa: E731
     else:
-        take = lambda i: torch.from_numpy(batches[i].astype(np.float32))  # noqa: E731
+        take = lambda i: batches[i]  # noqa: E731
     return Batches(take, n, batch_size, seed)
-
-
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def stream(batches):

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -226,8 +225,8 @@ def test_learning_rate_rule_and_schedule():
     ids=str,
 )
 def test_settings_out_of_range(bad):
-    sae, (name, value) = new_sae(), *bad.items()
-    with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value)[:3])}|{name}="):
+    sae, name = new_sae(), next(iter(bad))
+    with pytest.raises(ValueError, match=f"^{name}="):
         run(sae, Stream(), **bad)
     assert not sae.initialised
 
@@ -386,6 +385,13 @@ def test_a_few_tokens_of_high_norm_are_said_measured_apart_and_left_out_on_reque
             run(new_sae(), [torch.randn(4, 6, 8)], **bad)
 
 
+def test_other_units_than_those_of_the_first_training_are_said():
+    sae, batches = new_sae(), [batch["x"] for batch in itertools.islice(Stream(), 4)]
+    run(sae, batches)
+    with pytest.warns(UserWarning, match=r"x_scale=1.* is from the SAE's first training.* 0.0039 times that"):
+        run(sae, [x / 256 for x in batches])
+
+
 def test_ordinary_activations_are_not_warned_about(recwarn):
     torch.manual_seed(0)
     history = train(TopKSAE(16, 64, k=4), planted(), n_steps=20, progress=False)
@@ -452,7 +458,7 @@ class OwnForward(ReluSAE):
         ("jumprelu", losses.attribution_loss, "attribution_loss does not fit JumpReluSAE.*use jumprelu_loss"),
         ("topk", losses.aux_zipf_loss, "aux_zipf_loss does not fit TopKSAE"),
         ("relu", functools.partial(losses.e2e_loss, suffix=None, local=losses.reconstruction_loss), "does not fit ReluSAE"),
-        ("topk", functools.partial(losses.e2e_loss, suffix=None, local=losses.attribution_loss), "takes a `distance`"),
+        ("topk", functools.partial(losses.e2e_loss, suffix=None, local=losses.attribution_loss), "with a `distance`"),
     ],
 )  # fmt: skip
 def test_an_objective_that_does_not_fit_is_refused_before_the_first_step(name, objective, match):
@@ -538,6 +544,7 @@ def test_activations_in_one_piece_are_shuffled_in_every_form_alike(tmp_path, tin
     assert loader.equals(run(new_sae(), list(x[:448].split(64))))
     rows = np.random.default_rng(0).integers(0, 300, (8, 16)).astype(np.uint16)
     store = ActivationStore(tiny_gpt2, rows, "blocks.1.hook_resid_pre")
+    assert loader.equals(run(new_sae(), [part.numpy() for part in x[:448].split(64)]))
     same = [run(new_sae(d_in=16), batches) for batches in (store, store.batches(120))]
     assert same[0].equals(same[1])
 
