@@ -235,13 +235,15 @@ def gradient_weighted_loss(sae, batch, alpha: float = 0.1, use_in_selection: boo
     return {"loss": fvu + alpha * weighted, "fvu": fvu, "weighted": weighted, "l0": l0_of(out, len(x))}
 
 
-WITHOUT_PENALTY = {"reconstruction_loss", "aux_zipf_loss", "attribution_loss", "gradient_weighted_loss"}
-FITS = dict.fromkeys(
-    WITHOUT_PENALTY, ("reconstruction_loss",)
-) | {  # a loss of ours: own losses of the classes that it trains
-    "l1_loss": ("l1_loss", "reconstruction_loss", "jumprelu_loss"),
-    "gated_loss": ("gated_loss",),
-    "jumprelu_loss": ("jumprelu_loss",),
+NO_PENALTY = ("reconstruction_loss",), "it has no penalty that keeps the latents of this class sparse"
+FITS = {  # a loss of ours: the own losses of the classes that it trains, and why it trains no others
+    "reconstruction_loss": NO_PENALTY,
+    "aux_zipf_loss": NO_PENALTY,
+    "attribution_loss": NO_PENALTY,
+    "gradient_weighted_loss": NO_PENALTY,
+    "l1_loss": (("l1_loss", "reconstruction_loss", "jumprelu_loss"), "no gradient of it reaches the gate"),
+    "gated_loss": (("gated_loss",), "this class has no gate"),
+    "jumprelu_loss": (("jumprelu_loss",), "this class learns no threshold"),
 }
 
 
@@ -272,9 +274,9 @@ def check_fit(sae, objective) -> None:
             ) from None
         return check_fit(sae, settings["local"])
     forward = next(cls for cls in type(sae).__mro__ if "forward" in vars(cls))
-    if name in FITS and forward.__module__.startswith(__package__) and sae.objective not in FITS[name]:
-        why = "has nothing that keeps its latents sparse" if name in WITHOUT_PENALTY else "needs another forward"
-        raise ValueError(f"{name} does not fit {own}, which with it {why}: use {sae.objective}, or leave objective out")
+    fits, why = FITS.get(name, ((), ""))
+    if fits and forward.__module__.startswith(__package__) and sae.objective not in fits:
+        raise ValueError(f"{name} does not fit {own}: {why}. Use {sae.objective}, or leave objective out")
     if name == "aux_zipf_loss" and not hasattr(sae, "underused"):
         raise ValueError(f"aux_zipf_loss does not fit {own}, which keeps no running density: it is for the Choice SAEs")
 

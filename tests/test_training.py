@@ -450,12 +450,12 @@ class OwnForward(ReluSAE):
 @pytest.mark.parametrize(
     "name, objective, match",
     [
-        ("topk", losses.gated_loss, "gated_loss does not fit TopKSAE.*use reconstruction_loss"),
-        ("relu", losses.reconstruction_loss, "reconstruction_loss does not fit ReluSAE.*sparse: use l1_loss"),
-        ("gated", functools.partial(losses.reconstruction_loss, alpha=0), "does not fit GatedSAE.*use gated_loss"),
+        ("topk", losses.gated_loss, "gated_loss does not fit TopKSAE: .*no gate. Use reconstruction_loss"),
+        ("relu", losses.reconstruction_loss, "reconstruction_loss does not fit ReluSAE.*sparse. Use l1_loss"),
+        ("gated", functools.partial(losses.reconstruction_loss, alpha=0), "does not fit GatedSAE.*Use gated_loss"),
         ("gated", losses.l1_loss, "l1_loss does not fit GatedSAE"),
         ("relu", losses.jumprelu_loss, "jumprelu_loss does not fit ReluSAE"),
-        ("jumprelu", losses.attribution_loss, "attribution_loss does not fit JumpReluSAE.*use jumprelu_loss"),
+        ("jumprelu", losses.attribution_loss, "attribution_loss does not fit JumpReluSAE.*Use jumprelu_loss"),
         ("topk", losses.aux_zipf_loss, "aux_zipf_loss does not fit TopKSAE"),
         ("relu", functools.partial(losses.e2e_loss, suffix=None, local=losses.reconstruction_loss), "does not fit ReluSAE"),
         ("topk", functools.partial(losses.e2e_loss, suffix=None, local=losses.attribution_loss), "with a `distance`"),
