@@ -129,7 +129,7 @@ class SAE(nn.Module):
         """
         if self.x_scale == 0:
             scale = scale_of(rows)
-            if scale <= 1e-6 * rows.square().mean().sqrt():
+            if scale <= 1e-6 * rows.square().mean().sqrt() < float("inf"):
                 raise ValueError(
                     f"the first batch has no variance: all of its {len(rows):,} tokens are the same. x_scale and b_dec start "
                     f"from it, so shuffle the activations, or leave such batches out"

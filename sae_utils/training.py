@@ -89,10 +89,12 @@ def train(
     n_steps, seed = whole("n_steps", n_steps), whole("seed", seed, 0, 2**32 - 1)
     lr = None if lr is None else real("lr", lr, above=0)
     decay, clip = real("decay", decay, 0, 1), real("clip", clip, above=0)
-    if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+    if not isinstance(betas, (Sequence, np.ndarray)) or isinstance(betas, str) or len(betas) != 2:
         raise ValueError(f"betas={betas!r}: Adam's two rates of decay, as in (0.9, 0.999)")
     betas = tuple(real("betas", beta, 0, 1 - 1e-12) for beta in betas)
-    if not isinstance(resample, Sequence) or not all(0 < real("resample", share) < 1 for share in resample):
+    if not isinstance(resample, (Sequence, np.ndarray)) or not all(
+        0 < real("resample", share) < 1 for share in resample
+    ):
         raise ValueError(f"resample={resample!r}: shares of the run, each between 0 and 1, as in (0.25, 0.5)")
     skip_norm_above = None if skip_norm_above is None else real("skip_norm_above", skip_norm_above, above=1)
     if checkpoint is not None and (not isinstance(checkpoint, (str, os.PathLike)) or Path(checkpoint).is_dir()):
@@ -305,8 +307,11 @@ def as_stream(batches, batch_size: int | None, seed: int):
                 f"batches is a {type(batches).__name__}: it has to be activations [n, d_in], a store, or an iterable of batches"
             )
         return batches
-    if whole_array and (batches.ndim != 2 or not isinstance(batches, (Tensor, np.ndarray))):
-        raise ValueError(f"batches is a {type(batches).__name__} {list(batches.shape)}: activations are [n, d_in]")
+    if whole_array and not (isinstance(batches, (Tensor, np.ndarray)) and batches.ndim == 2 and len(batches) > 1):
+        raise ValueError(
+            f"batches is a {type(batches).__name__} {list(batches.shape)}: activations in one piece are a tensor or NumPy array "
+            f"[n, d_in], n at least 2"
+        )
     n = len(batches)
     batch_size = whole("batch_size", min(1024, n) if batch_size is None else batch_size, 2, n)
     if store:
