@@ -1,8 +1,9 @@
 """What makes a training this one and no other: hashes of data, weights, settings and code that are equal in every process.
 
-Code counts by what it does: by bytecode, constants and names, so docstrings, comments and layout play no part, and code without
-source (a notebook's cell, `python -c`) counts as well. What a function takes from outside (closure, defaults, globals) counts
-by value. Installed packages count by name, and `sae_utils` by the hashes of its sources that a checkpoint keeps.
+Code counts by what it does: its bytecode without docstrings, comments and layout. So code without source (a notebook's cell,
+`python -c`) counts as well, and under another minor version of Python it is other code. What a function takes from outside
+(closure, defaults, globals) counts by value. Installed packages count by name, and `sae_utils` by the hashes of its sources
+that a checkpoint keeps.
 """
 
 import builtins
