@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .lm import check_tokens, later_layers, run_prefix, run_spliced, token_loss
 from .losses import as_batch
-from .sae import high_norm, inference, typical
+from .sae import high_norm, measuring, typical
 from .values import whole
 
 
@@ -104,7 +104,7 @@ def prepared(sae, lm, rows, batch_rows: int, least: int) -> tuple[dict, list[Ten
     return saes, [chunk.to(lm.cfg.device) for chunk in chunks]
 
 
-@torch.no_grad()
+@measuring
 def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: dict | None = None):
     """Measure one SAE, or several on the same tokens (`{"name": sae}`), by splicing x̂ into the model.
 
@@ -150,8 +150,7 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
         nats["zero"] += loss_with(tokens, torch.zeros_like(x))[0]
         nats["mean"] += loss_with(tokens, mean)[0]
         for name, sae in saes.items():
-            with inference(sae):
-                out = sae(x)
+            out = sae(x)
             if name not in sums:
                 sums[name] = ReconstructionSums(x.shape[-1], out.latents.shape[-1], device, usual)
             sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), out.latents.flatten(0, 1))
@@ -172,7 +171,7 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
     return results[""] if "" in saes else results
 
 
-@torch.no_grad()
+@measuring
 def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
     """What x̂, spliced in at positions ≥ 1, does to the layers after the hook; one SAE, or several (`{"name": sae}`).
 
@@ -196,8 +195,7 @@ def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
             r = clean[hook][:, 1:].flatten(0, 1).double()
             total[hook], squares[hook] = total[hook] + r.sum(0), squares[hook] + r.square().sum()
         for name, one in saes.items():
-            with inference(one):
-                x_hat, new = one(x).x_hat, {}
+            x_hat, new = one(x).x_hat, {}
             ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)
             norms[name] += torch.stack([ratio[:, 0].sum(), ratio[:, 1:].sum()]).double().cpu()
             spliced = torch.cat([x[:, :1], x_hat[:, 1:]], 1)

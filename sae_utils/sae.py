@@ -7,6 +7,7 @@ counters; in eval mode it uses the inference rule. An fp32 SAE computes in fp32.
 """
 
 import contextlib
+import functools
 import warnings
 from dataclasses import dataclass, field
 
@@ -169,6 +170,19 @@ def inference(*saes):
     finally:
         for module, training in modes:
             module.training = training
+
+
+def measuring(function):
+    """Decorator: no gradient, and the SAEs among the arguments, or in a dictionary there, by their inference rule."""
+
+    @functools.wraps(function)
+    def measured(*args, **kwargs):
+        given = [*args, *kwargs.values()]
+        given += [value for one in given if isinstance(one, dict) for value in one.values()]
+        with torch.no_grad(), inference(*given):
+            return function(*args, **kwargs)
+
+    return measured
 
 
 def typical(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,9 @@ def test_an_architecture_keeps_its_own_terms(cls, local, settings, tiny_gpt2):
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
     terms["loss"].backward()
     assert sae.W_enc.grad.abs().sum() > 0 and sae.W_dec.grad.abs().sum() > 0
-    assert e2e_loss(sae, batch, suffix=Suffix(tiny_gpt2, HOOK)).keys() == terms.keys(), "its own is what it takes by itself"
+    assert e2e_loss(sae, batch, suffix=Suffix(tiny_gpt2, HOOK)).keys() == terms.keys(), (
+        "its own is what it takes by itself"
+    )
 
 
 def test_x_itself_costs_nothing_and_position_0_stays_clean(tiny_gpt2):
