@@ -177,7 +177,7 @@ def test_the_refit_is_least_squares_and_the_identity_holds_there():
     sae, x = trained_like()
     stream = dm.in_batches(x)
     sae.train()
-    counters = sae.tokens_since_fired.clone()
+    counters = sae.tokens_since_fired.fill_(7).clone()
     refitted = dm.refit_decoder(sae, stream)
     refitted(x), dm.identity(sae, stream)
     assert sae.training and torch.equal(sae.tokens_since_fired, counters), "measuring is not training"
