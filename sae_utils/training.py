@@ -132,12 +132,13 @@ def train(
         if skip_norm_above is not None:
             rows = rows[~high_norm(rows, *usual, skip_norm_above)]
         for name, (sae, _) in jobs.items() if step == 0 else ():
+            known = sae.x_scale.item()
             sae.initialise(sae.rows(rows))
             sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
-            if (ratio := (scale_of(sae.rows(rows)) / sae.x_scale).item()) < 0.1 or ratio > 10:
+            if known and not 0.1 <= (ratio := scale_of(rows.float()).item() / known) <= 10:
                 warnings.warn(
-                    f"{f'{name!r}: ' if name else ''}x_scale={sae.x_scale:.3g} is from the SAE's first training, and these "
-                    f"activations have {ratio:.2g} times that: its biases learn in the wrong unit. Scale x, or make a new SAE"
+                    f"{f'{name!r}: ' if name else ''}x_scale={known:.3g} is from the SAE's first training, and these activations "
+                    f"have {ratio:.2g} times that: its biases learn in the wrong unit. Scale x, or make a new SAE"
                 )
         scales = {name: sae.x_scale.item() for name, (sae, _) in jobs.items()}
         steps = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not progress)
