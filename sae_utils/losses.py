@@ -275,8 +275,8 @@ def check_fit(sae, objective) -> None:
         return check_fit(sae, settings["local"])
     forward = next(cls for cls in type(sae).__mro__ if "forward" in vars(cls))
     fits, why = FITS.get(name, ((), ""))
-    if fits and forward.__module__.startswith(__package__) and sae.objective not in fits:
-        raise ValueError(f"{name} does not fit {own}: {why}. Use {sae.objective}, or leave objective out")
+    if fits and forward.__module__.startswith(__package__) and type(sae).objective not in fits:
+        raise ValueError(f"{name} does not fit {own}: {why}. Use {type(sae).objective}, or leave objective out")
     if name == "aux_zipf_loss" and not hasattr(sae, "underused"):
         raise ValueError(f"aux_zipf_loss does not fit {own}, which keeps no running density: it is for the Choice SAEs")
 
