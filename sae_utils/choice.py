@@ -14,6 +14,7 @@ from torch import Tensor
 from . import sparse
 from .sae import ReluSAE, SAEOutput
 from .sparse import Active, Encode, relu_encode
+from .values import real, whole
 
 
 class MutualChoiceSAE(ReluSAE):
@@ -28,12 +29,11 @@ class MutualChoiceSAE(ReluSAE):
     """
 
     architecture = "jumprelu"
+    objective = "reconstruction_loss"
 
     def __init__(self, d_in: int, d_sae: int, k: int = 32):
         super().__init__(d_in, d_sae)
-        if not isinstance(k, int) or not 1 <= k <= d_sae:
-            raise ValueError(f"k={k!r}: active latents per token have to be between 1 and d_sae={d_sae}")
-        self.k = k
+        self.k = whole("k", k, 1, self.d_sae)
         self.register_buffer("threshold", torch.zeros(d_sae))
         self.register_buffer("density", torch.zeros(d_sae))
         self.register_buffer("tokens_seen", torch.tensor(0))
@@ -110,8 +110,10 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         warmup_tokens: int | None = None,
     ):
         super().__init__(d_in, d_sae, k)
-        if (s is None) != (q is None) or not ((s or 0) >= 0 and (q or 0) >= 0):
-            raise ValueError(f"s={s!r}, q={q!r}: exponent and offset of Zipf's law are both at least 0, or both None")
+        if (s is None) != (q is None):
+            raise ValueError(f"s={s!r}, q={q!r}: give both, exponent and offset of Zipf's law, or both None")
+        s, q = (None if value is None else real(name, value, 0) for name, value in (("s", s), ("q", q)))
+        warmup_tokens = None if warmup_tokens is None else whole("warmup_tokens", warmup_tokens, 0)
         if s is None and warmup_tokens == 0:
             raise ValueError(
                 "warmup_tokens=0: without a warm-up there is nothing to fit Zipf's law to, so give s and q"

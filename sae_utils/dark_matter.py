@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .lm import load_language_model, run_prefix, run_spliced, token_loss
-from .sae import SAEOutput
+from .sae import SAEOutput, inference, measuring
 from .sparse import sparse_decode
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def slices(stream, size: int = 2048):
 FIVE = ("x", "x_hat", "error", "linear", "nonlinear")
 
 
-@torch.no_grad()
+@measuring
 def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSplit:
     """Probe the error of an SAE (arXiv 2410.14670): fitted on one stream, scored on another, of other contexts.
 
@@ -307,7 +307,7 @@ def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
     return float(1 - (v_test - mean[group_test]).square().sum() / (v_test - v_test.mean()).square().sum())
 
 
-@torch.no_grad()
+@measuring
 def norm_baselines(sae, fit, test, power: int = 2) -> dict[str, float]:
     """R² of ‖e‖^power on the test stream from what is cheaper than x: its length (‖x‖, ‖x‖²), the token, the position (means of groups)."""
 
@@ -329,7 +329,7 @@ def norm_baselines(sae, fit, test, power: int = 2) -> dict[str, float]:
     return values
 
 
-@torch.no_grad()
+@measuring
 def along_latents(sae, split: ErrorSplit, stream) -> dict[str, Tensor]:
     """Of every latent that fires on the stream: its mean activation, and W_dec · a for the probes a of ‖e‖² and of ‖x‖²."""
     moments, total = Moments(), 0
@@ -341,7 +341,7 @@ def along_latents(sae, split: ErrorSplit, stream) -> dict[str, Tensor]:
     return {name: value[fired].cpu() for name, value in found.items()}
 
 
-@torch.no_grad()
+@measuring
 def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int = 4) -> dict[str, float | list[float]]:
     """Cross-entropy with the activation at positions ≥ 1 replaced by x̂, x̂ + LinearError, x̂ + NonlinearError.
 
@@ -399,7 +399,7 @@ def map_from(inputs, target, fit, test, rows_per_input: int = ROWS_PER_INPUT) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@measuring
 def identity(sae, stream) -> dict[str, float]:
     """How far an SAE is from Cov(e, x̂) = 0, in sample; there b* = Σ_x⁻¹ Σ_e and R² = tr(Σ_e Σ_x⁻¹ Σ_e) / tr Σ_e ≥ FVU.
 
@@ -428,7 +428,8 @@ class Refitted:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> SAEOutput:
-        out = copy.copy(self.sae(x))
+        with inference(self.sae):
+            out = copy.copy(self.sae(x))
         if out.active is None:
             x_hat = out.dense @ self.W_dec
         else:
@@ -437,7 +438,7 @@ class Refitted:
         return out
 
 
-@torch.no_grad()
+@measuring
 def refit_decoder(sae, stream, ridge: float = 1e-9) -> Refitted:
     """argmin over W_dec, b_dec of Σ‖x − f W_dec − b_dec‖² with latents f frozen: the decoder optimum, where Cov(e, x̂) = 0.
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .activations import weights_hash
 from .lm import AllFound, check_hook, check_tokens, later_layers, splice
-from .losses import batch_fvu, reconstruction_loss
+from .losses import batch_fvu, fvu_of, own_objective
+from .values import real
 
 AT_ONCE = 2**24  # entries of [tokens, d_vocab] that exist at a time: 64 MiB in fp32
 KEPT = 2**26  # clean probabilities of a batch are kept for the next SAE if they are no more than this
@@ -154,16 +155,19 @@ class KLOrigNew(torch.autograd.Function):
 
 
 def e2e_loss(
-    sae, batch, *, suffix: Suffix, local=reconstruction_loss, kl: float = 1.0, beta: float = 0.0, mse: float = 0.0
+    sae, batch, *, suffix: Suffix, local=None, kl: float = 1.0, beta: float = 0.0, mse: float = 0.0
 ) -> dict[str, Tensor]:
     """`local` with KL(orig ‖ new) in place of the batch FVU (arXiv 2405.12241): what else `local` has, sparsity say, stays.
 
-    batch: whole rows, x [rows, n_ctx, d_in] and tokens; the SAE sees positions ≥ 1. `local` is the architecture's own objective:
-    `reconstruction_loss` (TopK: KL + α AuxK), `l1_loss` (ReLU), `jumprelu_loss`, `gated_loss` (whose gate alone then has to
+    batch: whole rows, x [rows, n_ctx, d_in] and tokens; the SAE sees positions ≥ 1. `local` is the objective of the SAE's class
+    if None, else one that fits it: `reconstruction_loss` (TopK: KL + α AuxK), `l1_loss` (ReLU), `jumprelu_loss`, `gated_loss` (whose gate alone then has to
     preserve the predictions, too, in a second spliced run), settings bound by `functools.partial`.
     kl, beta, mse: weights as at the top of this module. Fine-tuning (arXiv 2503.17272) is a second `train` with mse > 0.
     Returns the terms of `local`, kl, fvu and, with beta, downstream (a mean over the later layers).
     """
+    for name, weight in (("kl", kl), ("beta", beta), ("mse", mse)):
+        real(name, weight, 0)
+    local = local or own_objective(sae)
     clean = suffix.clean(batch)
     if beta and not suffix.later:
         raise ValueError(f"beta={beta}: no layer's resid_pre comes after {suffix.hook_name}")
@@ -172,7 +176,7 @@ def e2e_loss(
     def distance(x: Tensor, x_hat: Tensor) -> Tensor:
         spliced = torch.cat([clean.x[:, :1].to(x_hat.dtype), x_hat.view(len(clean.x), -1, sae.d_in)], 1)
         last, later = suffix.run(clean.tokens, spliced, suffix.later if beta else [])
-        terms = {"kl": suffix.kl(clean, last), "fvu": batch_fvu(x, x_hat if mse else x_hat.detach())}
+        terms = {"kl": suffix.kl(clean, last), "fvu": fvu_of(sae)(x, x_hat if mse else x_hat.detach())}
         total = kl * terms["kl"]
         if mse:
             total = total + mse * terms["fvu"]

@@ -6,6 +6,8 @@ Every class centres its input by `b_dec` and returns the same `SAEOutput`. In tr
 counters; in eval mode it uses the inference rule. An fp32 SAE computes in fp32.
 """
 
+import contextlib
+import functools
 import warnings
 from dataclasses import dataclass, field
 
@@ -23,6 +25,9 @@ from .sparse import (
     sparse_decode,
     topk_encode,
 )
+from .values import flag, real, whole
+
+HIGH_NORM = 5.0  # times the usual norm: beyond it a token does not count as ordinary (ours)
 
 
 @dataclass
@@ -51,19 +56,20 @@ class SAE(nn.Module):
 
     W_enc [d_in, d_sae] (kept transposed in memory: its sparse gradient comes by rows of latents), b_enc [d_sae],
     W_dec [d_sae, d_in] with rows of unit norm, b_dec [d_in]. At the start W_enc = W_decᵀ, random directions, and biases are 0.
-    `x_scale` is the standard deviation of a coordinate of x, as `train` finds it in its first batch (0 before).
+    `x_scale` is the standard deviation of a coordinate of x over the ordinary tokens (`high_norm`) of `train`'s first batch (0
+    before). `objective` names the loss in `sae_utils.losses` that `train` takes by default.
     `tokens_since_fired` [d_sae] counts training tokens since a latent was last active; at `dead_after` it counts as dead.
     """
 
     architecture = ""  # SAELens' name for the saved form
-    in_units_of_x = ("b_enc", "b_dec")  # `train` multiplies the learning rate of these by `x_scale`
+    objective = "reconstruction_loss"
+    needs_grad = False  # whether batches have to hold `grad`
+    in_units_of_x = ("b_enc", "b_dec")  # `train` learns these in units of `x_scale`
 
     def __init__(self, d_in: int, d_sae: int):
         super().__init__()
-        for name, value in (("d_in", d_in), ("d_sae", d_sae)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: it has to be a whole number of at least 1")
-        self.d_in, self.d_sae, self.dead_after = d_in, d_sae, 10_000_000
+        self.d_in, self.d_sae = d_in, d_sae = whole("d_in", d_in), whole("d_sae", d_sae)
+        self.dead_after = 10_000_000
         directions = nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
         self.W_enc = nn.Parameter(directions.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -82,7 +88,9 @@ class SAE(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
 
     def rows(self, x: Tensor) -> Tensor:
-        """x as [batch, d_in] in the SAE's dtype; ValueError if its last axis is not d_in."""
+        """x as [batch, d_in] in the SAE's dtype; ValueError if it is no tensor or its last axis is not d_in."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x is a {type(x).__name__}: it has to be a tensor, as torch.as_tensor(x) makes it")
         if x.shape[-1] != self.d_in:
             raise ValueError(f"x has shape {list(x.shape)}; its last axis has to be d_in={self.d_in}")
         return x.reshape(-1, self.d_in).to(self.W_dec.dtype)
@@ -107,12 +115,8 @@ class SAE(nn.Module):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Dense latents [..., d_sae] ≥ 0 by the inference rule, without gradient."""
-        training = self.training
-        self.train(False)
-        try:
+        with inference(self):
             return self(x).latents
-        finally:
-            self.train(training)
 
     def decode(self, f: Tensor) -> Tensor:
         """x̂ = f W_dec + b_dec, [..., d_in], of dense latents f [..., d_sae]."""
@@ -120,10 +124,18 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def initialise(self, rows: Tensor) -> None:
-        """Before the first step, from a batch [batch, d_in]: x_scale, and b_dec = mean of x; what is set is kept."""
+        """Before the first step, from a batch [batch, d_in]: x_scale, and b_dec = mean of x; what is set is kept.
+
+        Raises ValueError if the tokens do not differ by more than rounding.
+        """
         if self.x_scale == 0:
-            scale = (rows - rows.mean(0)).square().mean().sqrt()
-            self.x_scale.copy_(torch.where(scale > 0, scale, 1))  # one token, or x constant: any scale will do
+            scale = scale_of(rows)
+            if scale <= 1e-6 * rows.square().mean().sqrt() < float("inf"):
+                raise ValueError(
+                    f"the first batch has no variance: all of its {len(rows):,} tokens are the same. x_scale and b_dec start "
+                    f"from it, so shuffle the activations, or leave such batches out"
+                )
+            self.x_scale.copy_(torch.where(scale > 0, scale, 1))  # NaN is for `train` to name
         if not self.initialised:
             self.b_dec.copy_(rows.mean(0))
             self.initialised.fill_(True)
@@ -141,6 +153,53 @@ class SAE(nn.Module):
                 grad.addcmul_((grad * row).sum(1, keepdim=True), row, value=-1)
 
 
+def scale_of(rows: Tensor) -> Tensor:
+    """The standard deviation of a coordinate of rows [n, d_in] over tokens that are not of high norm."""
+    ordinary = rows[~high_norm(rows, *typical(rows))]
+    return (ordinary - ordinary.mean(0)).square().mean().sqrt()
+
+
+@contextlib.contextmanager
+def inference(*saes):
+    """The SAEs among these modules and functions in eval mode, where no counter moves; then in the mode they had."""
+    modes = [(module, module.training) for sae in saes if isinstance(sae, nn.Module) for module in sae.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def measuring(function):
+    """Decorator: no gradient, and the SAEs among the arguments, or in a dictionary there, by their inference rule."""
+
+    @functools.wraps(function)
+    def measured(*args, **kwargs):
+        given = [*args, *kwargs.values()]
+        given += [value for one in given if isinstance(one, dict) for value in one.values()]
+        with torch.no_grad(), inference(*given):
+            return function(*args, **kwargs)
+
+    return measured
+
+
+def typical(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and usual norm of rows [n, d_in]: the median of each coordinate [d_in], and the median of ‖x − centre‖.
+
+    From 4,096 rows at most, evenly spaced. A few tokens of huge norm move neither.
+    """
+    rows = rows[:: -(-len(rows) // 4096)].float()
+    centre = rows.median(0).values
+    return centre, (rows - centre).norm(dim=1).median()
+
+
+def high_norm(x: Tensor, centre: Tensor, usual: Tensor, times: float = HIGH_NORM) -> Tensor:
+    """Bool [...]: ‖x − centre‖ > times · usual, as at attention sinks; none where the usual norm is 0. x [..., d_in]."""
+    return ((x - centre).norm(dim=-1) > times * usual) & (usual > 0)
+
+
 class TopKSAE(SAE):
     """Keep the k largest latents of every token (arXiv 2406.04093; the base of arXiv 2411.10397 and 2410.14670).
 
@@ -153,9 +212,7 @@ class TopKSAE(SAE):
 
     def __init__(self, d_in: int, d_sae: int, k: int = 32):
         super().__init__(d_in, d_sae)
-        if not isinstance(k, int) or not 1 <= k <= d_sae:
-            raise ValueError(f"k={k!r}: active latents per token have to be between 1 and d_sae={d_sae}")
-        self.k = k
+        self.k = whole("k", k, 1, self.d_sae)
 
     @property
     def arguments(self) -> dict:
@@ -189,14 +246,16 @@ class GradientSAE(TopKSAE):
 
     def __init__(self, d_in: int, d_sae: int, k: int = 32, beta: float = 1.0):
         super().__init__(d_in, d_sae, k)
-        if not 0 <= beta < float("inf"):
-            raise ValueError(f"beta={beta!r}: the weight of the gradient has to be a number of at least 0")
-        self.beta = beta
+        self.beta = real("beta", beta, 0)
         self.register_buffer("gradient_scale", torch.tensor(0.0))
 
     @property
     def arguments(self) -> dict:
         return super().arguments | {"beta": self.beta}
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.beta > 0
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
         if grad is not None and grad.shape != x.shape:
@@ -231,6 +290,7 @@ class ReluSAE(SAE):
     """
 
     architecture = "standard"
+    objective = "l1_loss"
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
         return self.output(x, *relu_encode(self.rows(x), self.W_enc, self.b_enc, self.b_dec))
@@ -255,12 +315,13 @@ class GatedSAE(ReluSAE):
     `rescale=False` keeps r_mag at 0.
     """
 
+    objective = "gated_loss"
     in_units_of_x = ("b_gate", "b_mag", "b_dec")
 
     def __init__(self, d_in: int, d_sae: int, tied: bool = True, rescale: bool = True):
         super().__init__(d_in, d_sae)
         del self.b_enc
-        self.tied, self.rescale = tied, rescale
+        self.tied, self.rescale = flag("tied", tied), flag("rescale", rescale)
         self.b_gate = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
         if tied:
@@ -300,11 +361,12 @@ class JumpReluSAE(ReluSAE):
     """
 
     architecture = "jumprelu"
+    objective = "jumprelu_loss"
     in_units_of_x = ("b_enc", "b_dec", "threshold")
 
     def __init__(self, d_in: int, d_sae: int, bandwidth: float = 0.03):
         super().__init__(d_in, d_sae)
-        self.bandwidth = bandwidth
+        self.bandwidth = real("bandwidth", bandwidth, above=0)
         self.threshold = nn.Parameter(torch.zeros(d_sae))
 
     @property

@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -191,7 +192,11 @@ def bf16_is_fast(device_type: str) -> bool:
     """Whether the hardware multiplies bfloat16 matrices well faster than fp32 ones."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    return device_type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    asked = [getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("amx_tile", "avx512_bf16")]
+    if device_type != "cpu" or all(asked):
+        return device_type == "cpu" and any(ask() for ask in asked)
+    about = Path("/proc/cpuinfo")  # where this torch cannot be asked
+    return about.exists() and any(f" {what}" in about.read_text() for what in ("amx_bf16", "avx512_bf16"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

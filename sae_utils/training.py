@@ -5,15 +5,17 @@ renormalised (arXiv 2406.04093: project and renormalise, both).
 """
 
 import contextlib
-import functools
 import inspect
 import itertools
 import json
 import math
+import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,14 +23,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .files import digest, replacing, source_hashes
-from .losses import as_batch, reconstruction_loss
+from .activations import Batches
+from .files import replacing, source_hashes
+from .identity import training_parts
+from .losses import FLOATS, GRADIENTS, as_batch, check_fit, fvu_of, own_objective
+from .sae import HIGH_NORM, SAE, high_norm, inference, scale_of, typical
+from .sparse import bf16_is_fast
+from .values import flag, real, whole
+
+CODE = ("training", "losses", "sae", "choice", "sparse", "kernels", "activations", "end_to_end", "lm")  # what trains
 
 
 def train(
     sae,
     batches,
-    objective=reconstruction_loss,
+    objective=None,
     *,
     n_steps: int,
     lr: float | None = None,
@@ -39,75 +48,123 @@ def train(
     betas: tuple[float, float] = (0.9, 0.999),
     bf16: bool = False,
     resample: Sequence[float] = (),
+    skip_norm_above: float | None = None,
+    batch_size: int | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 500,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Train one SAE, or several on the same batches, `{"name": (sae, objective), …}`. Returns the history.
+    """Train one SAE, or several on the same batches, `{"name": sae, "other": (sae, objective), …}`. Returns the history.
 
-    batches: any iterable of tensors [..., d_in] or batch dicts; a list or data loader is gone through again when it ends.
+    batches: any iterable of tensors or arrays [..., d_in] or batch dicts; a list or data loader is gone through again when it
+    ends. Or activations in one piece, which are shuffled by `seed` into batches of `batch_size` (default 1,024, or all if fewer):
+    a tensor, a NumPy array or a memory map [n, d_in], of which one batch at a time is read and converted, or an ActivationStore.
+    objective: (sae, batch) → dict of scalars with "loss". None is the own loss of the SAE's class.
     lr: Adam's peak rate; None applies the width rule 2e-4/√(d_sae/2¹⁴). It warms up over `warmup` steps (default
     min(1,000, 5% of n_steps)), stays, and falls linearly to 0 over the last `decay` share of the steps (ours).
-    clip: largest gradient norm, per SAE. bf16: products in bfloat16 (autocast); otherwise exact fp32.
+    clip: largest gradient norm, per SAE, with biases in units of x. bf16: products in bfloat16 (autocast), where the hardware has
+    them; otherwise exact fp32.
     resample: shares of the run, (0.25, 0.5) say, at which dead latents begin anew by `resample_dead`; after each lr rises again
     from 0.1 × along a cosine, over min(1,000, 5% of n_steps) steps (arXiv 2404.16014; the 5% ours).
+    skip_norm_above: leave out of training, and of x_scale and b_dec's start, every token with ‖x − m‖ > skip_norm_above · the
+    median of ‖x − m‖ in the first batch, m the median of each coordinate there; 5, say. For batches [n, d_in].
     checkpoint: a file, written every `checkpoint_every` steps (rounded up to a row of the history) and at the end. If it
-    holds a training of these very settings, that one goes on where it stopped.
+    holds this very training, that one goes on where it stopped. The same training has the same settings, first batch, SAEs with the
+    same weights at the start, and code and values of objectives and classes. So begin with SAEs made anew from the same
+    seed: one that was trained in the meantime has other weights. Other sources of `sae_utils` start it anew.
 
-    The first time an SAE is trained b_dec becomes the mean of the first batch, and its spread per coordinate the unit in which
-    biases learn, so that the scale of x plays no part; a second `train` keeps both. `dead_after` becomes min(10M, 10% of
-    the run's tokens). On one machine equal seeds give equal bits on CPU, interrupted or not.
+    The first time an SAE is trained b_dec becomes the mean of the first batch, and the spread per coordinate of its ordinary
+    tokens the unit of biases, so that the scale of x plays no part; a second `train` keeps both. `dead_after` becomes min(10M,
+    10% of the run's tokens). On one machine and number of threads equal seeds give equal bits on CPU, interrupted or not.
     History: ~200 rows a SAE: step, tokens, lr, the objective's scalars (each averaged since the row before), dead (the share
     of dead latents), and with several SAEs `sae`, the name. A UserWarning says so if an objective's coefficient kills every
-    latent, or none.
+    latent, or none; if bf16 is not there; and if a few tokens of high norm (over 5 times the usual, as above) hold most of the
+    variance of a batch: from then on each row has `fvu_ordinary`, the FVU of its last batch without them.
 
     Raises FloatingPointError naming the batch if x or a loss is not finite (the checkpoint keeps the last good state);
-    ValueError for settings out of range, an empty stream, a damaged checkpoint or one of another training.
+    ValueError for settings out of range, an objective that does not fit, a stream that is empty, of another width, without
+    variance or with a batch of one token, a damaged checkpoint or one of another training, which says what differs.
     """
-    jobs = sae if isinstance(sae, dict) else {"": (sae, objective)}
-    if not isinstance(n_steps, int) or n_steps < 1:
-        raise ValueError(f"n_steps={n_steps!r}: it has to be a whole number of at least 1")
-    if lr is not None and not lr > 0:
-        raise ValueError(f"lr={lr!r}: it has to be above 0, or None for the width rule")
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay!r}: a share of the steps, between 0 and 1")
-    if not all(0 < share < 1 for share in resample):
-        raise ValueError(f"resample={resample!r}: shares of the run, each between 0 and 1")
-    warmup = min(1000, n_steps // 20) if warmup is None else warmup
+    jobs = as_jobs(sae, objective)
+    n_steps, seed = whole("n_steps", n_steps), whole("seed", seed, 0, 2**32 - 1)
+    lr = None if lr is None else real("lr", lr, above=0)
+    decay, clip = real("decay", decay, 0, 1), real("clip", clip, above=0)
+    if not isinstance(betas, (Sequence, np.ndarray)) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: Adam's two rates of decay, as in (0.9, 0.999)")
+    betas = tuple(real("betas", beta, 0, 1 - 1e-12) for beta in betas)
+    if not isinstance(resample, (Sequence, np.ndarray)) or not all(
+        0 < real("resample", share) < 1 for share in resample
+    ):
+        raise ValueError(f"resample={resample!r}: shares of the run, each between 0 and 1, as in (0.25, 0.5)")
+    skip_norm_above = None if skip_norm_above is None else real("skip_norm_above", skip_norm_above, above=1)
+    if checkpoint is not None and (not isinstance(checkpoint, (str, os.PathLike)) or Path(checkpoint).is_dir()):
+        raise ValueError(f"checkpoint={checkpoint!r}: it has to be the path of a file, or None")
+    flag("progress", progress)
+    warmup = min(1000, n_steps // 20) if warmup is None else whole("warmup", warmup, 0)
     resample_at = sorted(max(1, round(share * n_steps)) for share in resample)
+    device = next(iter(jobs.values()))[0].W_dec.device
+    if flag("bf16", bf16) and not bf16_is_fast(device.type):
+        warnings.warn(f"bf16=True: this {device.type} has no fast products in bfloat16, so fp32 is computed instead")
+        bf16 = False
+    settings = dict(n_steps=n_steps, lr=lr, seed=seed, warmup=warmup, decay=decay, clip=clip, betas=betas, bf16=bf16)
+    settings |= {"resample": resample_at, "skip_norm_above": skip_norm_above, "batch_size": batch_size}
     rates = {name: lr or 2e-4 / math.sqrt(sae.d_sae / 2**14) for name, (sae, _) in jobs.items()}
     optimizers = {name: Optimizer(sae, betas) for name, (sae, _) in jobs.items()}
-    described = {n: [type(s).__name__, s.arguments, describe(o)] for n, (s, o) in jobs.items()}
-    signature = digest([described, n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample_at])
-    device = next(iter(jobs.values()))[0].W_dec.device
     log_every = max(1, n_steps // 200)
-    save_every = log_every * math.ceil(checkpoint_every / log_every)
-    step, history, scalars, scales = 0, [], [], {}
+    save_every = log_every * math.ceil(whole("checkpoint_every", checkpoint_every) / log_every)
+    step, history, scalars = 0, [], []
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if checkpoint and Path(checkpoint).exists():
-            step, history = load_checkpoint(checkpoint, jobs, optimizers, signature)
+        batches = as_stream(batches, batch_size, seed)
+        first, iterator = stream(batches)
+        first = as_batch(first)
+        check_first(jobs, first, skip_norm_above)
+        if checkpoint:
+            parts = training_parts(jobs, first, settings)
+            if Path(checkpoint).exists():
+                place = torch.get_rng_state()
+                step, history = load_checkpoint(checkpoint, jobs, optimizers, parts)
+                iterator = skip(batches, iterator, step, place) if step < n_steps else iterator
+        rows = without_first(first["x"].to(device)).flatten(0, -2)
+        usual = typical(rows)
+        few_hold_most = any("fvu_ordinary" in row for row in history)
+        if skip_norm_above is not None:
+            rows = rows[~high_norm(rows, *usual, skip_norm_above)]
+        for name, (sae, _) in jobs.items() if step == 0 else ():
+            known = sae.x_scale.item()
+            sae.initialise(sae.rows(rows))
+            sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
+            if known and not 0.1 <= (ratio := scale_of(rows.float()).item() / known) <= 10:
+                warnings.warn(
+                    f"{f'{name!r}: ' if name else ''}x_scale={known:.3g} is from the SAE's first training, and these activations "
+                    f"have {ratio:.2g} times that: its biases learn in the wrong unit. Scale x, or make a new SAE"
+                )
+        scales = {name: sae.x_scale.item() for name, (sae, _) in jobs.items()}
         steps = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not progress)
-        for batch in stream(batches, step, n_steps):
+        for batch in itertools.islice(iterator, n_steps - step):
             batch = as_batch(batch) | {"progress": step / n_steps}
             x = batch["x"] = batch["x"].to(device)
-            if not scales:
-                for name, (sae, _) in jobs.items():
-                    if step == 0:
-                        sae.initialise(rows := sae.rows(x if x.ndim < 3 else x[:, 1:]))  # position 0 is an outlier
-                        sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
-                    scales[name] = sae.x_scale.item()
+            n_tokens, total = x.numel() // x.shape[-1], x.sum(dtype=torch.float32)
+            if skip_norm_above is not None:
+                batch = {key: v.to(device) if torch.is_tensor(v) else v for key, v in batch.items()}
+                batch = without(batch, high_norm(x, *usual, skip_norm_above))
+                x = batch["x"]
+            if x.numel() <= x.shape[-1]:
+                raise ValueError(
+                    f"batch {step} holds one token{'' if n_tokens < 2 else f' of {n_tokens} within skip_norm_above'}: a batch "
+                    f"needs two at least, since FVU is measured against their variance. A DataLoader has drop_last=True"
+                )
             factor = min(1, (step + 1) / max(warmup, 1), (n_steps - step) / max(decay * n_steps, 1))
             factor *= recovery(step, resample_at, min(1000, n_steps // 20))
             if step in resample_at:
                 for name, (sae, _) in jobs.items():
                     resample_dead(sae, x, optimizers[name], torch.Generator().manual_seed(seed * n_steps + step))
-            scalars.append({"x": {"sum": x.sum(dtype=torch.float32)}})
+            scalars.append({"x": {"sum": total}})
             for name, (sae, loss) in jobs.items():
                 sae.train()
                 with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-                    terms = loss(sae, batch)
+                    terms = check_terms(loss(sae, batch), name)
                 optimizers[name].update(terms["loss"], rates[name] * factor, scales[name], clip)
                 scalars[-1][name] = {key: value.detach() for key, value in terms.items()}
             step += 1
@@ -116,15 +173,18 @@ def train(
             if log or device.type == "cpu":  # reading a scalar makes a GPU wait, so there it is done once in a while
                 check_finite(scalars if log else scalars[-1:], step, checkpoint)
             if log:
+                few_hold_most = few_hold_most or skip_norm_above is None and warn_of_high_norms(x, usual)
                 for name, (sae, _) in jobs.items():
                     row = {"sae": name} if name else {}
-                    row |= {"step": step, "tokens": step * (x.numel() // x.shape[-1]), "lr": rates[name] * factor}
+                    row |= {"step": step, "tokens": step * n_tokens, "lr": rates[name] * factor}
                     for key in scalars[0][name]:
                         row[key] = torch.stack([s[name][key].float() for s in scalars]).mean().item()
+                    if few_hold_most:
+                        row["fvu_ordinary"] = ordinary_fvu(sae, x, usual)
                     history.append(row | {"dead": sae.dead().float().mean().item()})
                 scalars = []
                 if checkpoint and (step % save_every == 0 or step == n_steps):
-                    save_checkpoint(checkpoint, jobs, optimizers, signature, step, history)
+                    save_checkpoint(checkpoint, jobs, optimizers, parts, step, history)
         steps.close()
     for name, (sae, loss) in jobs.items():
         sae.eval()
@@ -136,10 +196,138 @@ def train(
     return pd.DataFrame(history)
 
 
-def stream(batches, start: int, n_steps: int):
-    """Batches `start` … n_steps − 1. A stream with `from_step` is asked for its place; any other is skipped through."""
-    if hasattr(batches, "from_step"):
-        return itertools.islice(batches.from_step(start), n_steps - start)
+def as_jobs(sae, objective) -> dict:
+    """{name: (sae, objective)} of what `train` is given, each objective checked against its SAE's class."""
+    if not isinstance(sae, (dict, SAE)) or sae == {}:
+        raise ValueError(f"sae is {sae!r:.100}: it has to be an SAE, or a dictionary {{name: sae}} of one SAE or more")
+    jobs = {}
+    for name, job in sae.items() if isinstance(sae, dict) else [("", sae)]:
+        one, loss = job if isinstance(job, (tuple, list)) and len(job) == 2 else (job, objective)
+        if not isinstance(name, str) or not isinstance(one, SAE) or not (loss is None or callable(loss)):
+            raise ValueError(
+                f"{name!r}: {job!r:.200} is no job. `train` takes an SAE and an objective, a function (sae, batch) → dict or None, "
+                f"and for several SAEs {{'name': sae}} or {{'name': (sae, objective)}}"
+            )
+        if any(one is other for other, _ in jobs.values()):
+            raise ValueError(
+                f"{name!r} is an SAE that has another name already: it would be trained twice on every batch"
+            )
+        jobs[name] = one, own_objective(one) if loss is None else loss
+        check_fit(*jobs[name])
+    return jobs
+
+
+def check_first(jobs: dict, first: dict, skip_norm_above: float | None) -> None:
+    """ValueError if the first batch shows that the stream does not do for these SAEs."""
+    x = first["x"]
+    if x.numel() == x.shape[-1]:
+        raise ValueError(
+            f"the first batch holds one token, x of shape {list(x.shape)}: a batch needs two at least, since FVU is measured "
+            f"against their variance. Activations [n, d_in] in one tensor or array are cut into batches by `train`"
+        )
+    for name, (sae, _) in jobs.items():
+        of = f"{name!r}, " if name else ""
+        if x.shape[-1] != sae.d_in:
+            raise ValueError(f"x has shape {list(x.shape)}; its last axis has to be d_in={sae.d_in} of {of}{sae}")
+        if sae.needs_grad and first.get("grad") is None:
+            raise ValueError(
+                f"{of}{type(sae).__name__} selects by the gradient, and the batches have no 'grad'. {GRADIENTS}"
+            )
+    if skip_norm_above is not None and x.ndim != 2:
+        raise ValueError(
+            f"skip_norm_above={skip_norm_above}: x has shape {list(x.shape)}, and tokens can be left out of batches [n, d_in] "
+            f"only, as store.batches(batch_size) gives them. Whole rows, which end-to-end objectives need, stay whole"
+        )
+
+
+def check_terms(terms, name: str) -> dict[str, Tensor]:
+    """What an objective returned, as scalar tensors; ValueError if it is not {"loss": scalar, …} with a gradient."""
+    of = f" of {name!r}" if name else ""
+    if not isinstance(terms, dict) or "loss" not in terms:
+        found = f"a dict of {', '.join(map(str, terms))}" if isinstance(terms, dict) else f"a {type(terms).__name__}"
+        raise ValueError(
+            f"the objective{of} returned {found}: it has to return a dict of scalars with 'loss' among them"
+        )
+    for key, value in terms.items():
+        if not isinstance(value, (Tensor, float, int)) or isinstance(value, Tensor) and value.numel() != 1:
+            about = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ValueError(f"{key!r} of the objective{of} has {about}: it has to be a scalar")
+    if not getattr(terms["loss"], "requires_grad", False):
+        raise ValueError(f"'loss' of the objective{of} does not depend on the SAE's parameters: it has no gradient")
+    device = terms["loss"].device
+    return {key: torch.as_tensor(value, device=device).reshape(()) for key, value in terms.items()}
+
+
+def warn_of_high_norms(x: Tensor, usual) -> bool:
+    """Whether a few tokens of high norm hold over half of the variance of a batch; then a UserWarning says what to do."""
+    rows = without_first(x).flatten(0, -2).float()
+    high = high_norm(rows, *usual)
+    deviation = (rows - rows.mean(0)).square().sum(1)
+    share, held = high.float().mean().item(), (deviation[high].sum() / deviation.sum()).item()
+    if not (share < 0.1 and held > 0.5):
+        return False
+    warnings.warn(
+        f"{share:.2%} of the tokens of a batch have a norm over {HIGH_NORM:g} times the usual and hold {held:.0%} of its variance, so "
+        f"FVU says little about the others: the history has theirs as fvu_ordinary from here on. "
+        f"skip_norm_above={HIGH_NORM:g} leaves such tokens out of training"
+    )
+    return True
+
+
+@torch.no_grad()
+def ordinary_fvu(sae, x: Tensor, usual) -> float:
+    """Batch FVU over the tokens that are not of high norm, by the inference rule."""
+    rows = sae.rows(without_first(x))
+    rows = rows[~high_norm(rows, *usual)]
+    with inference(sae):
+        return fvu_of(sae)(rows, sae(rows).x_hat).item()
+
+
+def without_first(x: Tensor) -> Tensor:
+    """x [..., d_in] without position 0, an outlier in most models, where it is of whole rows [rows, n_ctx, d_in]."""
+    return x if x.ndim < 3 or x.shape[1] < 2 else x[:, 1:]
+
+
+def without(batch: dict, skipped: Tensor) -> dict:
+    """The batch without the tokens marked in `skipped` [n]: of every tensor that has a row for each token."""
+    kept = {key: v for key, v in batch.items() if torch.is_tensor(v) and v.shape[:1] == skipped.shape}
+    return batch | {key: value[~skipped] for key, value in kept.items()}
+
+
+def as_stream(batches, batch_size: int | None, seed: int):
+    """An iterable of batches; activations in one piece, an array or a store, are shuffled by the seed."""
+    whole_array = getattr(batches, "ndim", 3) < 3 and hasattr(batches, "shape")
+    store = hasattr(batches, "batches") and hasattr(batches, "take")
+    if not whole_array and not store:
+        if batch_size is not None:
+            raise ValueError(f"batch_size={batch_size!r}: these batches come as they are; it is for arrays and stores")
+        if isinstance(batches, (str, bytes, dict)) or not (
+            hasattr(batches, "__iter__") or hasattr(batches, "__getitem__") or hasattr(batches, "from_step")
+        ):
+            raise ValueError(
+                f"batches is a {type(batches).__name__}: it has to be activations [n, d_in], a store, or an iterable of batches"
+            )
+        return batches
+    if whole_array and not (isinstance(batches, (Tensor, np.ndarray)) and batches.ndim == 2 and len(batches) > 1):
+        raise ValueError(
+            f"batches is a {type(batches).__name__} {list(batches.shape)}: activations in one piece are a tensor or NumPy array "
+            f"[n, d_in], n at least 2"
+        )
+    n = len(batches)
+    batch_size = whole("batch_size", min(1024, n) if batch_size is None else batch_size, 2, n)
+    if store:
+        return batches.batches(batch_size, seed)
+    if not (batches.is_floating_point() if torch.is_tensor(batches) else batches.dtype.name in FLOATS):
+        raise ValueError(f"batches has dtype {batches.dtype}: activations are in floating point, {', '.join(FLOATS)}")
+    if torch.is_tensor(batches):
+        take = lambda i: batches.detach()[torch.from_numpy(i).to(batches.device)]  # noqa: E731
+    else:
+        take = lambda i: batches[i]  # noqa: E731
+    return Batches(take, n, batch_size, seed)
+
+
+def stream(batches):
+    """The first batch, and the endless or finite iterator that begins with it."""
 
     def again():
         while True:
@@ -150,17 +338,33 @@ def stream(batches, start: int, n_steps: int):
             if empty or iter(batches) is batches:  # a generator ends once and for all
                 return
 
-    first = next(iterator := again(), None)
+    iterator = batches.from_step(0) if hasattr(batches, "from_step") else again()
+    first = next(iterator, None)
     if first is None:
         raise ValueError("batches is empty: it has to yield at least one [..., d_in] tensor or batch dict")
-    return itertools.islice(itertools.chain([first], iterator), start, n_steps)
+    return first, itertools.chain([first], iterator)
+
+
+def skip(batches, iterator, step: int, rng: Tensor):
+    """The iterator at batch `step`. A stream with `from_step` is asked for its place; any other is gone through.
+
+    With `rng`, the random state at which the first batch came: a data loader then shuffles as it did.
+    """
+    if hasattr(batches, "from_step"):
+        return batches.from_step(step) if step else iterator
+    now = torch.get_rng_state()
+    torch.set_rng_state(rng)
+    next(itertools.islice(iterator, step, step), None)
+    torch.set_rng_state(now)
+    return iterator
 
 
 class Optimizer:
     """Fused Adam over an SAE's parameters, with what comes before and after its step.
 
     `leaves` are the parameters as they lie in memory: a transposed one (W_enc) Adam would copy back and forth in every step.
-    Adam's step does not grow with the gradient, so what scales with x (`in_units_of_x`) needs a rate that does.
+    What scales with x (`in_units_of_x`) is learnt in units of x_scale: its gradient is multiplied by x_scale before it is
+    clipped and before Adam, and so is Adam's step. Then x and 256 x take the same steps.
     """
 
     def __init__(self, sae, betas: tuple[float, float]):
@@ -178,6 +382,9 @@ class Optimizer:
             p.grad = None
         loss.backward()
         self.sae.project_decoder_gradient()
+        for name in self.sae.in_units_of_x:
+            if (bias := self.sae.get_parameter(name)).grad is not None:
+                bias.grad *= x_scale
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if norm.is_cuda or not norm <= clip:  # on a GPU asking costs more than multiplying by 1
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
@@ -212,7 +419,7 @@ def resample_dead(sae, x: Tensor, optimizer: Optimizer, generator: torch.Generat
     gets the direction of x − b_dec, W_enc the same at 0.2 × the mean norm of the live, biases and Adam's moments become 0.
     No random state but `generator` is touched.
     """
-    rows, live = sae.rows(x if x.ndim < 3 else x[:, 1:]), ~sae.dead()
+    rows, live = sae.rows(without_first(x)), ~sae.dead()
     dead = (~live).nonzero().squeeze(1)[: len(rows)]
     if not len(dead):
         return
@@ -250,9 +457,13 @@ def on_coefficient(sae, objective, l0: float | None) -> str:
     Off means (ours): fewer than one active latent in ten tokens; or more of them than x has coordinates (than half of all, in
     a narrow dictionary), where a dense code of the same size would lose nothing.
     """
-    settings = inspect.signature(objective).parameters
-    if "local" in settings:  # an end-to-end objective has its coefficient from the local one
-        settings = inspect.signature(settings["local"].default).parameters
+    try:
+        settings = inspect.signature(objective).parameters
+    except (TypeError, ValueError):  # a callable that hides its arguments
+        return ""
+    if "suffix" in settings:  # an end-to-end objective has its coefficient from the local one
+        bound = settings["local"].default if "local" in settings else objective.keywords.get("local")
+        settings = inspect.signature(bound or own_objective(sae)).parameters
     with_target = "target_l0" in settings and settings["target_l0"].default is not None
     if "coefficient" not in settings or with_target or l0 is None:
         return ""
@@ -264,28 +475,27 @@ def on_coefficient(sae, objective, l0: float | None) -> str:
     return ""
 
 
-def describe(objective) -> str:
-    """Name and bound settings of an objective, the same in every process."""
-    if isinstance(objective, functools.partial):
-        bound = {key: describe(v) if callable(v) else v for key, v in objective.keywords.items()}
-        return f"{describe(objective.func)}{objective.args}{sorted(bound.items())}"
-    return getattr(objective, "__qualname__", type(objective).__name__)
-
-
-def save_checkpoint(path, jobs, optimizers, signature: str, step: int, history: list[dict]) -> None:
+def save_checkpoint(path, jobs, optimizers, parts: dict, step: int, history: list[dict]) -> None:
     tensors = {"rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     for name, (sae, _) in jobs.items():
         tensors |= {f"{name}/{key}": value for key, value in sae.state_dict().items()}
         tensors |= {f"{name}/adam/{key}": value for key, value in optimizers[name].state().items()}
-    about = {"signature": signature, "sources": digest(source_hashes()), "step": step, "history": history}
+    sources = {file: value for file, value in source_hashes().items() if loaded(file)}
+    about = {"parts": parts, "sources": sources, "step": step, "history": history}
     about["dead_after"] = {name: sae.dead_after for name, (sae, _) in jobs.items()}
     with replacing(path) as new:
         save_file({k: v.contiguous() for k, v in tensors.items()}, new, {"training": json.dumps(about)})
 
 
-def load_checkpoint(path, jobs, optimizers, signature: str) -> tuple[int, list[dict]]:
+def loaded(file: str) -> bool:
+    """Whether training in this process may have used a file of `sae_utils`."""
+    module = file.removesuffix(".py")
+    return module in CODE and f"{__package__}.{module}" in sys.modules
+
+
+def load_checkpoint(path, jobs, optimizers, parts: dict) -> tuple[int, list[dict]]:
     """Restore everything in place; return the step and history. A checkpoint of older `sae_utils` sources is passed over."""
     try:
         with safe_open(path, "pt") as file:
@@ -295,11 +505,16 @@ def load_checkpoint(path, jobs, optimizers, signature: str) -> tuple[int, list[d
         raise ValueError(
             f"{path} is not a whole checkpoint of ours ({error}): delete it to train from the start"
         ) from None
-    if about["signature"] != signature:
+    there = about.get("parts") or {}  # none: of older sources
+    different = [part for part in {**there, **parts} if there.get(part) != parts.get(part)]
+    if there and different:
+        hint = "; make the SAE anew from the seed of the first start" if "initial weights" in str(different) else ""
         raise ValueError(
-            f"{path} is the checkpoint of another training: give this one its own path, or delete the file"
+            f"{path} is the checkpoint of another training. Different: {', '.join(different[:6])}{hint}. Give this training a "
+            f"path of its own, or delete the file"
         )
-    if about["sources"] != digest(source_hashes()):
+    now = source_hashes()
+    if not there or any(now.get(file) != value for file, value in about["sources"].items()):
         warnings.warn(f"{path} was made by other sae_utils sources: training starts anew")
         return 0, []
     for name, (sae, _) in jobs.items():

@@ -247,9 +247,9 @@ def test_zipf_fit_finds_exponent_and_offset():
 
 def test_wrong_settings_are_named():
     for cls in BOTH:
-        with pytest.raises(ValueError, match="k=0.*between 1 and d_sae=8"):
+        with pytest.raises(ValueError, match="k=0: .* from 1 to 8"):
             cls(4, 8, 0)
-    with pytest.raises(ValueError, match="s=-1.*at least 0"):
+    with pytest.raises(ValueError, match="s=-1: .*at least 0"):
         FeatureChoiceSAE(4, 8, 2, s=-1, q=0)
     with pytest.raises(ValueError, match="q=None.*both None"):
         FeatureChoiceSAE(4, 8, 2, s=1)

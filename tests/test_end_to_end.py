@@ -9,6 +9,7 @@ import torch
 
 from sae_utils import ActivationStore, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE, end_to_end, load_language_model, train
 from sae_utils.end_to_end import Suffix
+from sae_utils.identity import training_parts
 from sae_utils.lm import run_prefix, run_spliced
 from sae_utils.losses import (
     auxk_loss,
@@ -20,7 +21,6 @@ from sae_utils.losses import (
     l1_loss,
     reconstruction_loss,
 )  # fmt: skip
-from sae_utils.training import describe
 
 HOOK = "blocks.1.hook_resid_pre"
 ARCHITECTURES = [
@@ -133,6 +133,9 @@ def test_an_architecture_keeps_its_own_terms(cls, local, settings, tiny_gpt2):
     assert terms["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
     terms["loss"].backward()
     assert sae.W_enc.grad.abs().sum() > 0 and sae.W_dec.grad.abs().sum() > 0
+    assert e2e_loss(sae, batch, suffix=Suffix(tiny_gpt2, HOOK)).keys() == terms.keys(), (
+        "its own is what it takes by itself"
+    )
 
 
 def test_x_itself_costs_nothing_and_position_0_stays_clean(tiny_gpt2):
@@ -258,14 +261,17 @@ def test_position_0_has_no_say_in_the_start(tiny_gpt2):
 
 
 def test_a_signature_tells_models_hooks_and_settings_apart(tiny_gpt2, tiny_neox):
+    sae = sae_for(tiny_gpt2, ReluSAE)
+
     def of(lm, hook, coefficient):
         own = functools.partial(l1_loss, coefficient=coefficient)
-        return describe(functools.partial(e2e_loss, suffix=Suffix(lm, hook), local=own))
+        objective = functools.partial(e2e_loss, suffix=Suffix(lm, hook), local=own)
+        return training_parts({"": (sae, objective)}, {}, {})
 
     one = of(tiny_gpt2, HOOK, 0.1)
-    assert one == of(tiny_gpt2, HOOK, 0.1) and "0x" not in one
+    assert one == of(tiny_gpt2, HOOK, 0.1)
     others = [of(tiny_neox, HOOK, 0.1), of(tiny_gpt2, "blocks.2.hook_resid_pre", 0.1), of(tiny_gpt2, HOOK, 0.2)]
-    assert len({one, *others}) == 4
+    assert len({str(parts) for parts in (one, *others)}) == 4
 
 
 def test_advice_on_the_coefficient_of_the_local_objective(tiny_gpt2):

@@ -176,7 +176,11 @@ def trained_like(n=6000, d_in=8, d_sae=24, k=3):
 def test_the_refit_is_least_squares_and_the_identity_holds_there():
     sae, x = trained_like()
     stream = dm.in_batches(x)
+    sae.train()
+    counters = sae.tokens_since_fired.fill_(7).clone()
     refitted = dm.refit_decoder(sae, stream)
+    refitted(x), dm.identity(sae, stream)
+    assert sae.training and torch.equal(sae.tokens_since_fired, counters), "measuring is not training"
     f = sae(x).latents.detach().double()
     design = torch.cat([f, torch.ones(len(x), 1)], 1)
     best = x - design @ torch.linalg.lstsq(design, x.double()).solution

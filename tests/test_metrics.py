@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from sae_utils import TopKSAE, evaluate
+from sae_utils import FeatureChoiceSAE, TopKSAE, evaluate
+from sae_utils.lm import run_prefix
 from sae_utils.metrics import ReconstructionSums, alive_latents, ce_recovered, evaluate_downstream, kl_divergence
-from sae_utils.sae import SAEOutput
+from sae_utils.pursuit import with_pursuit
+from sae_utils.sae import SAEOutput, typical
 
 
 def sums(x, x_hat, latents=None, chunk=None):
@@ -184,3 +186,71 @@ def test_alive_latents_by_hand():
     assert alive_latents(sae, batches, 4).tolist() == [True, True]
     with pytest.raises(ValueError, match="window=5: the stream ended 1 tokens before"):
         alive_latents(sae, batches, 5)
+
+
+@pytest.mark.parametrize("cls", [TopKSAE, FeatureChoiceSAE])
+def test_measuring_changes_nothing_and_does_not_depend_on_the_mode(cls, tiny_gpt2, rows):
+    torch.manual_seed(0)
+    sae = cls(tiny_gpt2.cfg.d_model, 64, k=4)
+    x = run_prefix(tiny_gpt2, torch.from_numpy(rows.astype("int64")), [HOOK])[HOOK][:, 1:].flatten(0, 1)
+    sae.train()(x)
+    before = {key: value.clone() for key, value in sae.state_dict().items()}
+
+    def measured():
+        found = evaluate(sae, tiny_gpt2, rows, HOOK), evaluate_downstream(sae, tiny_gpt2, rows, HOOK)
+        return *found, alive_latents(sae, [x], 50).tolist(), with_pursuit(sae, x).x_hat.tolist()
+
+    in_training = measured()
+    assert (
+        in_training[0]["l0"] > 1
+        and sae.training
+        and all(torch.equal(before[key], value) for key, value in sae.state_dict().items())
+    )
+    sae.eval()
+    assert in_training == measured() and not sae.training
+
+
+def test_fvu_of_ordinary_tokens(tiny_gpt2, rows):
+    """Without tokens of high norm it is FVU; one that holds the variance and is met exactly hides the others' error."""
+    one = evaluate(lambda x: SAEOutput(0.9 * x, dense=torch.ones(len(x.flatten(0, 1)), 1)), tiny_gpt2, rows, HOOK)
+    assert one["fvu_ordinary"] == pytest.approx(one["fvu"])
+    x, exact = (
+        torch.tensor([[0.0], [2.0], [4.0], [2.0], [1000.0]]),
+        torch.tensor([[1.0], [1.0], [3.0], [3.0], [1000.0]]),
+    )
+    total = ReconstructionSums(1, 1, "cpu", typical(x))  # centre 2, usual norm 2: ordinary up to 12
+    total.add(x, exact, torch.ones(5, 1))
+    assert total.result()["fvu_ordinary"] == pytest.approx(4 / 8) and total.result()["fvu"] < 1e-5
+
+
+@pytest.mark.parametrize("form", ["tensor", "list", "int64"])
+def test_rows_in_the_forms_people_have(form, tiny_gpt2, rows):
+    as_form = {"tensor": torch.from_numpy(rows.astype("int64")), "list": rows.tolist(), "int64": rows.astype("int64")}
+    sae = TopKSAE(tiny_gpt2.cfg.d_model, 64, k=4)
+    assert evaluate(sae, tiny_gpt2, as_form[form], HOOK) == evaluate(sae, tiny_gpt2, rows, HOOK)
+    assert evaluate_downstream(sae, tiny_gpt2, as_form[form], HOOK) == evaluate_downstream(sae, tiny_gpt2, rows, HOOK)
+
+
+def test_what_cannot_be_measured_is_named(tiny_gpt2, rows):
+    sae = TopKSAE(tiny_gpt2.cfg.d_model, 64, k=4)
+    for wrong, match in [
+        (rows[:0], r"rows is uint16\[0, 16\]"),
+        (rows[:, :2], r"rows is uint16\[6, 2\].*n_ctx at least 3"),
+        (rows.astype(float), r"rows is float64\[6, 16\].*whole numbers"),
+        (rows[0], r"rows is uint16\[16\]"),
+        ([[1, 2, 3], [4]], "rows is no array of tokens"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            evaluate(sae, tiny_gpt2, wrong, HOOK)
+    for wrong, more, match in [
+        ({}, {}, "dictionary {name: sae}"),
+        ([sae], {}, "dictionary {name: sae}"),
+        (TopKSAE, {}, "dictionary {name: sae}"),
+        (TopKSAE(7, 64, k=4), {}, f"{HOOK} has 16 coordinates, and the SAE d_in=7"),
+        (sae, {"batch_rows": 0}, "batch_rows=0"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            evaluate(wrong, tiny_gpt2, rows, HOOK, **more)
+    for window in (0, 1.5, True):
+        with pytest.raises(ValueError, match=f"window={window}"):
+            alive_latents(sae, [torch.randn(50, 16)], window)

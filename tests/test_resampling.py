@@ -166,7 +166,7 @@ def test_a_coefficient_far_off_is_said_with_the_way_to_move_it(name, loss):
     message = r"'b': coefficient=0\.0 leaves hardly any latent inactive .*of 64.*raise it"
     with pytest.warns(UserWarning, match=message) as found:
         torch.manual_seed(0)
-        losses = {"a": CASES[name][1], "b": functools.partial(loss, coefficient=0.0)}
+        losses = {"a": functools.partial(loss, coefficient=0.5), "b": functools.partial(loss, coefficient=0.0)}
         run({key: (CASES[name][0](12, 64), losses[key]) for key in "ab"}, Stream())
     assert len(found) == 1, "the other SAE's coefficient is fine"
 

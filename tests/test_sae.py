@@ -76,7 +76,7 @@ def test_copies_and_moves_keep_the_memory_layout():
 
 @pytest.mark.parametrize("k", [0, 33, 2.5, -1])
 def test_k_out_of_range(k):
-    with pytest.raises(ValueError, match=r"k=.*between 1 and d_sae=32"):
+    with pytest.raises(ValueError, match=r"k=.* from 1 to 32"):
         TopKSAE(8, 32, k=k)
 
 

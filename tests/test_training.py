@@ -1,6 +1,7 @@
 """The training loop: reproducible, resumable bit for bit, and clear about what stops it."""
 
 import functools
+import itertools
 import os
 import signal
 import subprocess
@@ -10,10 +11,26 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
-from sae_utils import SAEOutput, TopKSAE, train
-from sae_utils.losses import reconstruction_loss
-from sae_utils.training import stream, undertrained
+from sae_utils import (
+    ActivationStore,
+    FeatureChoiceSAE,
+    GatedSAE,
+    GradientSAE,
+    JumpReluSAE,
+    MutualChoiceSAE,
+    ReluSAE,
+    SAEOutput,
+    TopKSAE,
+    losses,
+    sparse,
+    train,
+    training,
+)
+from sae_utils.activations import Batches
+from sae_utils.losses import batch_fvu, reconstruction_loss
+from sae_utils.training import skip, stream, undertrained
 
 
 class Stream:
@@ -37,9 +54,9 @@ class Stream:
         return self.from_step(0)
 
 
-def new_sae(seed=0, k=4, d_sae=32):
+def new_sae(seed=0, k=4, d_sae=32, d_in=8):
     torch.manual_seed(seed)
-    return TopKSAE(8, d_sae, k=k)
+    return TopKSAE(d_in, d_sae, k=k)
 
 
 def same_bits(a, b):
@@ -87,7 +104,10 @@ def test_a_foreign_iterable_is_fast_forwarded(tmp_path):
 
 def test_a_list_is_gone_through_again_and_an_empty_one_refused():
     x = torch.randn(3, 16, 8)
-    assert [float(b[0, 0]) for b in stream(list(x), 2, 7)] == [float(x[i % 3, 0, 0]) for i in range(2, 7)]
+    first, iterator = stream(batches := list(x))
+    assert first is batches[0]
+    after = itertools.islice(skip(batches, iterator, 2, torch.get_rng_state()), 5)
+    assert [float(b[0, 0]) for b in after] == [float(x[i % 3, 0, 0]) for i in range(2, 7)]
     with pytest.raises(ValueError, match="batches is empty"):
         run(new_sae(), [])
 
@@ -126,7 +146,7 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(tmp_path):
     whole, resumed = new_sae(), new_sae()
     history = run(whole, Stream())
     assert history.equals(run(resumed, Recorded(), checkpoint=path, checkpoint_every=5)) and same_bits(whole, resumed)
-    assert steps[0] >= 5
+    assert steps[-1] >= 5, "of what was trained already, no more than the first batch is asked for"
 
 
 def test_nan_names_the_batch_and_keeps_the_last_good_state(tmp_path):
@@ -187,18 +207,98 @@ def test_learning_rate_rule_and_schedule():
 
 
 @pytest.mark.parametrize(
-    "bad, match", [({"n_steps": 0}, "n_steps=0"), ({"lr": -1.0}, "lr=-1"), ({"decay": 2}, "decay=2")]
+    "bad",
+    [
+        *({"n_steps": value} for value in (0, 1e2, True, "9")),
+        *({"lr": value} for value in (-1.0, 0, float("nan"), "1e-3", True)),
+        *({"decay": value} for value in (2, "0.2", None)),
+        *({"clip": value} for value in (0, -1, None, "1")),
+        *({"resample": value} for value in (0.5, "0.5", (0.5, "a"), (True,))),
+        *({"betas": value} for value in (0.9, (0.9,), (0.9, 1.0), (-0.1, 0.9), ("a", "b"))),
+        *({"warmup": value} for value in (-1, 0.05)),
+        *({"seed": value} for value in (-1, 0.5, True)),
+        *({"checkpoint_every": value} for value in (0, 0.5)),
+        *({"checkpoint": value} for value in (True, 3)),
+        *({"bf16": value} for value in (1, "yes")),
+        *({"skip_norm_above": value} for value in (1, "5", float("inf"))),
+    ],
+    ids=str,
 )
-def test_settings_out_of_range(bad, match):
-    with pytest.raises(ValueError, match=match):
-        run(new_sae(), Stream(), **bad)
+def test_settings_out_of_range(bad):
+    sae, name = new_sae(), next(iter(bad))
+    with pytest.raises(ValueError, match=f"^{name}="):
+        run(sae, Stream(), **bad)
+    assert not sae.initialised
 
 
-def test_bf16_is_asked_for_and_close():
+def test_numbers_of_numpy_are_numbers():
+    sae = TopKSAE(np.int64(8), np.int32(32), k=np.uint8(4))
+    assert type(sae.d_in) is type(sae.k) is int
+    torch.manual_seed(0)
+    settings = {"n_steps": np.int64(6), "lr": np.float32(0.25), "seed": np.int64(0), "clip": np.float64(1)}
+    history = train(new_sae(), Stream(), progress=False, **settings)
+    assert history.equals(train(new_sae(), Stream(), n_steps=6, lr=0.25, progress=False))
+
+
+@pytest.mark.parametrize(
+    "cls, bad",
+    [
+        *((TopKSAE, {"k": value}) for value in (True, 4.0, "4", 0, 33)),
+        *((MutualChoiceSAE, {"k": value}) for value in (True, 4.0, 0)),
+        *((ReluSAE, {"d_in": value}) for value in (0, 8.0, True, None)),
+        *((GradientSAE, {"beta": value}) for value in (-1, "1", True, float("inf"))),
+        *((JumpReluSAE, {"bandwidth": value}) for value in (0, -1, "0.03", float("nan"))),
+        *((GatedSAE, {"tied": value}) for value in (1, "no")),
+        *((FeatureChoiceSAE, {"s": 1, "q": value}) for value in (-1, "0", float("nan"))),
+        *((FeatureChoiceSAE, {"warmup_tokens": value}) for value in (-1, 0.5)),
+    ],
+)
+def test_arguments_of_the_classes_out_of_range(cls, bad):
+    name, value = list(bad.items())[-1]
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        cls(**{"d_in": 8, "d_sae": 32} | bad)
+
+
+@pytest.mark.parametrize(
+    "name, objective, bad",
+    [
+        *(("relu", losses.l1_loss, {"coefficient": value}) for value in (-1, float("nan"), "1")),
+        ("gated", losses.gated_loss, {"coefficient": -1}),
+        ("relu", losses.l1_loss, {"warmup": 2}),
+        *(("jumprelu", losses.jumprelu_loss, {"target_l0": value}) for value in (0, -3, "3")),
+        *(("topk", losses.reconstruction_loss, {key: -1}) for key in ("alpha", "k_aux")),
+        ("mutual", losses.aux_zipf_loss, {"share": -1}),
+        ("gradient", losses.attribution_loss, {"alpha": float("nan")}),
+        ("topk", losses.e2e_loss, {"suffix": None, "kl": -1}),
+    ],
+)
+def test_settings_of_objectives_out_of_range(name, objective, bad):
+    sae, key = OWN[name][0](16, 64, **OWN[name][1]), list(bad)[-1]
+    with pytest.raises(ValueError, match=f"{key}={bad[key]!r}"):
+        train(sae, planted(), functools.partial(objective, **bad), n_steps=2, progress=False)
+    assert not sae.tokens_since_fired.any()
+
+
+def test_bf16_is_asked_for_and_close(monkeypatch):
+    monkeypatch.setattr(training, "bf16_is_fast", lambda device: True)
     exact, half = new_sae(), new_sae()
     a, b = run(exact, Stream()), run(half, Stream(), bf16=True)
     assert not same_bits(exact, half) and half.W_enc.dtype == torch.float32
     assert b["fvu"].iloc[-1] == pytest.approx(a["fvu"].iloc[-1], rel=0.1)
+
+
+def test_bf16_is_said_and_avoided_where_the_hardware_has_none(monkeypatch):
+    for what in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{what}_supported", lambda: False)
+    sparse.bf16_is_fast.cache_clear()
+    exact, asked = new_sae(), new_sae()
+    try:
+        with pytest.warns(UserWarning, match="bf16=True: this cpu has no fast products in bfloat16, so fp32") as found:
+            run(asked, Stream(), bf16=True)
+    finally:
+        sparse.bf16_is_fast.cache_clear()
+    run(exact, Stream())
+    assert same_bits(exact, asked) and len(found) == 1
 
 
 def test_undertrained():
@@ -209,23 +309,287 @@ def test_undertrained():
     assert undertrained(falling) and not undertrained(flat)
 
 
-def test_the_scale_of_x_plays_no_part():
-    """Trained on x and on 256 x the same SAE comes out, biases in the units of x."""
+OWN = {  # every class with what `train` gives it
+    "topk": (TopKSAE, {"k": 4}),
+    "gradient": (GradientSAE, {"k": 4}),
+    "mutual": (MutualChoiceSAE, {"k": 4}),
+    "feature": (FeatureChoiceSAE, {"k": 4}),
+    "relu": (ReluSAE, {}),
+    "gated": (GatedSAE, {}),
+    "jumprelu": (JumpReluSAE, {}),
+}
 
-    class Scaled(Stream):
-        def from_step(self, step):
-            return (256 * (batch["x"] + 3) for batch in super().from_step(step))
 
-    class Shifted(Stream):
-        def from_step(self, step):
-            return (batch["x"] + 3 for batch in super().from_step(step))
+def planted(scale=1.0, n=16):
+    """Batches of a planted dictionary, with a gradient, in other units."""
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(32, 16, generator=g)
+    x = [torch.relu(torch.randn(128, 32, generator=g) - 1) @ A + 1 for _ in range(n)]
+    return [{"x": scale * part, "grad": torch.randn(part.shape, generator=g) / scale} for part in x]
 
-    small, large = new_sae(), new_sae()
-    a, b = run(small, Shifted()), run(large, Scaled())
-    assert b["fvu"].to_numpy() == pytest.approx(a["fvu"].to_numpy(), rel=1e-3)
-    torch.testing.assert_close(large.b_dec / 256, small.b_dec, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(large.b_enc / 256, small.b_enc, rtol=1e-3, atol=1e-3)
-    assert small.b_enc.abs().max() > 1e-3, "the biases should have moved"
+
+@pytest.mark.filterwarnings("ignore:coefficient")
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("clip, resample", [(1.0, ()), (1e-2, ()), (1e9, (0.5,))])
+def test_the_scale_of_x_plays_no_part(name, clip, resample):
+    """x, x/256 and 256 x give the same history; a quarter of the latents is dead, so that AuxK and resampling act."""
+    histories = []
+    for scale in (1.0, 1 / 256, 256.0):
+        torch.manual_seed(0)
+        sae = OWN[name][0](16, 64, **OWN[name][1])
+        with torch.no_grad():
+            (sae.b_gate if name == "gated" else sae.b_enc)[::4] = -1e6 * scale
+        settings = {"n_steps": 60, "lr": 2e-3, "clip": clip, "resample": resample, "progress": False}
+        histories.append(train(sae, planted(scale), **settings))
+        assert sae.x_scale / scale == pytest.approx(1.468, abs=0.01)
+    assert histories[0]["dead"].max() > 0.2
+    for other in histories[1:]:
+        np.testing.assert_allclose(other.to_numpy(), histories[0].to_numpy(), rtol=1e-5)
+
+
+def with_sinks(scale=5000.0):
+    batches = [batch["x"] for batch in planted(n=8)]
+    chosen = torch.Generator().manual_seed(1)
+    for x in batches:
+        x[torch.rand(128, generator=chosen) < 0.02, 3] = scale
+    return batches
+
+
+def test_a_few_tokens_of_high_norm_are_said_measured_apart_and_left_out_on_request(tmp_path):
+    clean = torch.cat([batch["x"] for batch in planted(n=8)])
+    torch.manual_seed(0)
+    sae = TopKSAE(16, 64, k=4)
+    with pytest.warns(
+        UserWarning, match=r"% of the tokens .* hold 9\d% of its variance.*fvu_ordinary.*skip_norm_above=5"
+    ):
+        history = train(sae, with_sinks(), n_steps=200, lr=2e-3, progress=False)
+    fvu = batch_fvu(clean, sae(clean).x_hat).item()
+    assert (
+        history["fvu_ordinary"].iloc[-8:].mean() == pytest.approx(fvu, rel=0.15) and fvu > 1.5 * history["fvu"].iloc[-1]
+    )
+    assert sae.x_scale < 3, "the unit of biases is that of ordinary tokens"
+
+    histories, kept = [], [x[x[:, 3] < 5000] for x in with_sinks()]
+    for batches, skip_norm_above in [(with_sinks(), 5), (kept, None)]:
+        torch.manual_seed(0)
+        histories.append(
+            train(TopKSAE(16, 64, k=4), batches, n_steps=60, lr=2e-3, progress=False, skip_norm_above=skip_norm_above)
+        )
+    histories = [history.drop(columns="tokens") for history in histories]
+    assert histories[0].equals(histories[1]), "the same as if these tokens had never been there"
+    for bad, match in [
+        ({"skip_norm_above": 1.0}, "skip_norm_above=1.0"),
+        ({"skip_norm_above": 5}, "Whole rows.*stay whole"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            run(new_sae(), [torch.randn(4, 6, 8)], **bad)
+
+
+def test_other_units_than_those_of_the_first_training_are_said():
+    sae, batches = new_sae(), [batch["x"] for batch in itertools.islice(Stream(), 4)]
+    run(sae, batches)
+    with pytest.warns(UserWarning, match=r"x_scale=1.* is from the SAE's first training.* 0.0039 times that"):
+        run(sae, [x / 256 for x in batches])
+
+
+def test_ordinary_activations_are_not_warned_about(recwarn):
+    torch.manual_seed(0)
+    history = train(TopKSAE(16, 64, k=4), planted(), n_steps=20, progress=False)
+    assert not recwarn.list and "fvu_ordinary" not in history
+
+
+@pytest.mark.filterwarnings("ignore:coefficient")
+@pytest.mark.parametrize("name", OWN)
+def test_a_batch_without_variance_is_no_catastrophe(name):
+    """Among ordinary batches one token repeated counts for little, and what comes after is what it would have been."""
+    torch.manual_seed(0)
+    batches = planted()
+    batches[7] = {key: value[:1].expand(128, 16).clone() for key, value in batches[7].items()}
+    with torch.no_grad():
+        sae = OWN[name][0](16, 64, **OWN[name][1])
+        (sae.b_gate if name == "gated" else sae.b_enc)[::4] = -1e6  # AuxK divides as well
+    history = train(sae, batches, n_steps=160, lr=2e-3, progress=False)
+    assert history["loss"].max() < 200 and history["fvu"].iloc[-5:].mean() < 0.5
+
+
+def test_constant_x_and_a_batch_of_one_token_are_refused_by_name():
+    with pytest.raises(ValueError, match="the first batch has no variance: all of its 64 tokens are the same"):
+        run(new_sae(), [torch.randn(8).expand(64, 8)])
+    for batches in ([torch.randn(1, 8)] * 4, [torch.randn(8)] * 4):
+        with pytest.raises(ValueError, match="the first batch holds one token"):
+            run(new_sae(), batches)
+    with pytest.raises(ValueError, match="batch 2 holds one token.*drop_last=True"):
+        run(new_sae(), DataLoader(torch.randn(129, 8), batch_size=64))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is trained, by what
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:coefficient")
+@pytest.mark.parametrize("name", OWN)
+def test_without_an_objective_a_class_is_trained_by_its_own(name):
+    saes, histories = [], []
+    own = {"relu": losses.l1_loss, "gated": losses.gated_loss, "jumprelu": losses.jumprelu_loss}
+    for objective in (None, own.get(name, losses.reconstruction_loss)):
+        torch.manual_seed(0)
+        saes.append(OWN[name][0](16, 64, **OWN[name][1]))
+        histories.append(train(saes[-1], planted(), objective, n_steps=20, progress=False))
+    assert histories[0].equals(histories[1]) and same_bits(*saes)
+
+
+class OwnForward(ReluSAE):
+    """A user's class, sparse by a rule of its own."""
+
+    def forward(self, x, grad=None):
+        z = self.pre_activations(x)
+        return self.output(x, z.relu() * (z > 1))
+
+
+@pytest.mark.parametrize(
+    "name, objective, match",
+    [
+        ("topk", losses.gated_loss, "gated_loss does not fit TopKSAE: .*no gate. Use reconstruction_loss"),
+        ("relu", losses.reconstruction_loss, "reconstruction_loss does not fit ReluSAE.*sparse. Use l1_loss"),
+        ("gated", functools.partial(losses.reconstruction_loss, alpha=0), "does not fit GatedSAE.*Use gated_loss"),
+        ("gated", losses.l1_loss, "l1_loss does not fit GatedSAE"),
+        ("relu", losses.jumprelu_loss, "jumprelu_loss does not fit ReluSAE"),
+        ("jumprelu", losses.attribution_loss, "attribution_loss does not fit JumpReluSAE.*Use jumprelu_loss"),
+        ("topk", losses.aux_zipf_loss, "aux_zipf_loss does not fit TopKSAE"),
+        ("relu", functools.partial(losses.e2e_loss, suffix=None, local=losses.reconstruction_loss), "does not fit ReluSAE"),
+        ("topk", functools.partial(losses.e2e_loss, suffix=None, local=losses.attribution_loss), "with a `distance`"),
+    ],
+)  # fmt: skip
+def test_an_objective_that_does_not_fit_is_refused_before_the_first_step(name, objective, match):
+    sae = OWN[name][0](16, 64, **OWN[name][1])
+    with pytest.raises(ValueError, match=match):
+        train({"a": (sae, objective)}, planted(), n_steps=2, progress=False)
+    assert not sae.initialised and not sae.tokens_since_fired.any()
+
+
+def test_objectives_and_classes_of_users_are_theirs_to_judge():
+    def mine(sae, batch):
+        return {"loss": losses.reconstruction_loss(sae, batch)["loss"], "number": 1}
+
+    assert train(ReluSAE(16, 64), planted(), mine, n_steps=4, progress=False)["number"].tolist() == [1] * 4
+    train(OwnForward(16, 64), planted(), losses.reconstruction_loss, n_steps=2, progress=False)
+    with pytest.raises(ValueError, match="gated_loss does not fit OwnForward: its forward gives no 'gate'"):
+        train(OwnForward(16, 64), planted(), losses.gated_loss, n_steps=2, progress=False)
+
+
+def test_a_gradient_sae_without_gradients_is_refused():
+    plain = [batch["x"] for batch in planted()]
+    for job in (GradientSAE(16, 64, k=4), {"a": GradientSAE(16, 64, k=4)}):
+        with pytest.raises(ValueError, match=r"GradientSAE selects by the gradient.*gradients=True"):
+            train(job, plain, n_steps=2, progress=False)
+    train(GradientSAE(16, 64, k=4, beta=0), plain, n_steps=2, progress=False)
+
+
+def test_jobs_in_the_forms_people_write_them():
+    a, b = new_sae(), new_sae()
+    assert run({"a": a, "b": (b, None)}, Stream()).groupby("sae").size().to_dict() == {"a": 60, "b": 60}
+    assert same_bits(a, b)
+    for jobs, match in [
+        ({}, "dictionary {name: sae}"),
+        ([new_sae()], "dictionary {name: sae}"),
+        (TopKSAE, "dictionary {name: sae}"),
+        ({"a": (new_sae(), "loss")}, "'a': .*no job"),
+        ({1: new_sae()}, "1: .*no job"),
+        ({"a": a, "b": a}, "'b' is an SAE that has another name already"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            run(jobs, Stream())
+
+
+@pytest.mark.parametrize(
+    "returned, match",
+    [
+        (lambda terms: terms["loss"], "returned a Tensor: it has to return a dict of scalars with 'loss'"),
+        (lambda terms: {"fvu": terms["fvu"]}, "returned a dict of fvu"),
+        (lambda terms: terms | {"each": torch.ones(3)}, r"'each' of the objective has shape \[3\]"),
+        (lambda terms: {"loss": terms["loss"].detach()}, "does not depend on the SAE's parameters"),
+        (lambda terms: terms | {"note": "text"}, "'note' of the objective has type str"),
+    ],
+)
+def test_what_an_objective_returns_is_checked(returned, match):
+    with pytest.raises(ValueError, match=match):
+        run(new_sae(), Stream(), lambda sae, batch: returned(reconstruction_loss(sae, batch)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activations of one's own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_activations_in_one_piece_are_shuffled_in_every_form_alike(tmp_path, tiny_gpt2):
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    np.save(tmp_path / "x.npy", x.numpy())
+    forms = {
+        "tensor": x,
+        "bfloat16": x.bfloat16(),
+        "array": x.numpy(),
+        "float64": x.double().numpy(),
+        "memory map": np.load(tmp_path / "x.npy", mmap_mode="r"),
+        "its own shuffling": Batches(lambda i: x[i], 500, 64, 0),
+    }
+    histories = {
+        form: run(new_sae(), value, **{} if "own" in form else {"batch_size": 64}) for form, value in forms.items()
+    }
+    assert all(history.equals(histories["tensor"]) for history in histories.values())
+    assert run(new_sae(), x)["tokens"].iloc[0] == 500 and not run(new_sae(), x, batch_size=64, seed=1).equals(
+        histories["array"]
+    )
+    loader = run(new_sae(), DataLoader(TensorDataset(x[:448]), batch_size=64))
+    assert loader.equals(run(new_sae(), list(x[:448].split(64))))
+    rows = np.random.default_rng(0).integers(0, 300, (8, 16)).astype(np.uint16)
+    store = ActivationStore(tiny_gpt2, rows, "blocks.1.hook_resid_pre")
+    assert loader.equals(run(new_sae(), [part.numpy() for part in x[:448].split(64)]))
+    same = [run(new_sae(d_in=16), batches) for batches in (store, store.batches(120))]
+    assert same[0].equals(same[1])
+
+
+@pytest.mark.parametrize("stop_at", [3, 33])
+def test_training_on_an_array_is_resumed(stop_at, tmp_path):
+    class Fails(np.ndarray):
+        reads = 0
+
+        def __getitem__(self, index):
+            Fails.reads += 1
+            if Fails.reads > stop_at:
+                raise KeyboardInterrupt
+            return np.asarray(self)[index]
+
+    x = np.random.default_rng(0).standard_normal((500, 8), dtype=np.float32)
+    whole, resumed = new_sae(), new_sae()
+    settings = {"batch_size": 64, "checkpoint": tmp_path / "training", "checkpoint_every": 10}
+    with pytest.raises(KeyboardInterrupt):
+        run(new_sae(), x.view(Fails), **settings)
+    assert run(whole, x, batch_size=64).equals(run(resumed, x, **settings)) and same_bits(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    "batches, more, match",
+    [
+        (torch.randn(50, 7), {}, r"x has shape \[50, 7\]; its last axis has to be d_in=8"),
+        (np.ones((50, 8), int), {}, "batches has dtype int64: activations are in floating point"),
+        (torch.ones(50, 8, dtype=torch.bool), {}, "batches has dtype torch.bool"),
+        (np.random.randn(50), {}, r"ndarray \[50\]: activations .* \[n, d_in\]"),
+        (np.random.randn(1, 8), {}, "n at least 2"),
+        (np.random.randn(50, 8), {"batch_size": 51}, "batch_size=51: .* from 2 to 50"),
+        (np.random.randn(50, 8), {"batch_size": 8.0}, "batch_size=8.0"),
+        ([torch.randn(50, 8)], {"batch_size": 8}, "batch_size=8: these batches come as they are"),
+        ([torch.ones(50, 8, dtype=torch.long)], {}, r"x of a batch is torch.int64\[50, 8\]"),
+        ([(torch.randn(50, 8), torch.randn(50))], {}, "x of a batch is a tuple"),
+        ([{"activations": torch.randn(50, 8)}], {}, "its keys are 'activations'"),
+        (["ab"], {}, "x of a batch is a str"),
+        ("x.npy", {}, "batches is a str"),
+        (None, {}, "batches is a NoneType"),
+    ],
+)
+def test_activations_that_cannot_be_trained_on_are_named(batches, more, match):
+    with pytest.raises(ValueError, match=match):
+        run(new_sae(), batches, **more)
 
 
 def test_half_precision_activations_are_taken_and_do_not_overflow():
