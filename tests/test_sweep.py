@@ -209,7 +209,7 @@ def test_shards_partition_the_plan(notebook, tmp_path, capsys):
         ("hook_name", "blocks.6.hook_resid_pre", "01_toy: hook_name='blocks.6.hook_resid_pre': python-lm has layers 0 to 5"),
         ("hook_name", "blocks.3.hook_resid_prr", "the last part of hook_name='hook_resid_prr' (did you mean 'hook_resid_pre'?)"),
         ("hook_name", "transformer.h.3", "hook_name='transformer.h.3': a hook is named as in 'blocks.3.hook_resid_pre'"),
-        ("model", "pyton-lm", "model='pyton-lm': no such directory (did you mean 'python-lm'?). Allowed: 'python-lm', a"),
+        ("model", "pyton-lm", "model='pyton-lm': no such directory (did you mean 'python-lm'?)"),
         ("model", "./none", "model='./none': no such directory. Allowed"),
         ("model", "FILE", "no such directory. Allowed"),
         ("dataset", "texs.txt", "dataset='texs.txt': no such file or directory"),
