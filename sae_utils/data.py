@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import ASSETS, build_once, cache_dir, digest, file_hash, offline
+from .files import ASSETS, array_writer, build_once, cache_dir, digest, file_hash, offline, open_array
 
 BUILTIN = "python-source"
 MANIFEST = ASSETS / "python-source.sha256"
@@ -82,8 +82,8 @@ def tokens(dataset, tokenizer, n_ctx, n_tokens=0, split="train", bos=False, text
             raise ValueError(f"dataset={dataset!r}, split={split!r} holds {len(flat)} tokens: not one row of {n_ctx}")
         if bos:
             rows = np.insert(rows, 0, tokenizer.bos_token_id, axis=1)
-        with open(path, "wb") as f:
-            np.save(f, rows)
+        with array_writer(path, rows.shape, dtype) as append:
+            append(rows)
 
     path = build_once(cache_dir() / "tokens" / f"{key}.npy", build)
     rows = open_array(path)
@@ -101,14 +101,6 @@ def held_out(dataset, tokenizer, n_ctx: int, n_tokens: int, split: str = "test",
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fewer than n_tokens")
         return tokens(dataset, tokenizer, n_ctx, max(n_tokens, n_ctx), split, spread=spread, **options)
-
-
-def open_array(path, mode="r") -> np.memmap:
-    """Open a .npy file as a memory map ("r" read-only, "c" copy-on-write); a truncated or foreign one is refused by path."""
-    try:
-        return np.lib.format.open_memmap(path, mode=mode)  # unlike np.load it knows no other format
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole .npy file ({error}): delete it and it will be made again") from None
 
 
 def token_stream(dataset, tokenizer, split, text_field="text", batch=64):
