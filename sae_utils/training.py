@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .files import digest, replacing, source_hashes
 from .losses import as_batch, reconstruction_loss
+from .store import tensors_hash
 
 
 def train(
@@ -281,16 +282,20 @@ def save_checkpoint(path, jobs, optimizers, signature: str, step: int, history: 
         tensors |= {f"{name}/adam/{key}": value for key, value in optimizers[name].state().items()}
     about = {"signature": signature, "sources": digest(source_hashes()), "step": step, "history": history}
     about["dead_after"] = {name: sae.dead_after for name, (sae, _) in jobs.items()}
-    with replacing(path) as new:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, new, {"training": json.dumps(about)})
+    tensors, text = {key: value.contiguous() for key, value in tensors.items()}, json.dumps(about)
+    with replacing(path, len(text) + sum(value.nbytes for value in tensors.values())) as new:
+        save_file(tensors, new, {"training": text, "sha256": tensors_hash(tensors, text)})
 
 
 def load_checkpoint(path, jobs, optimizers, signature: str) -> tuple[int, list[dict]]:
     """Restore everything in place; return the step and history. A checkpoint of older `sae_utils` sources is passed over."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["training"])
+            metadata = file.metadata() or {}
+            about = json.loads(metadata["training"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}
+        if metadata["sha256"] != tensors_hash(tensors, metadata["training"]):
+            raise ValueError("its checksum is wrong")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"{path} is not a whole checkpoint of ours ({error}): delete it to train from the start"
