@@ -95,7 +95,8 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
 def load_sae(path, device: str = "cpu"):
     """The SAE saved in directory `path`, in eval mode; what SAELens itself wrote is read as the class here with equal outputs.
 
-    Of two SAEs that other processes save there meanwhile, it is one or the other, whole.
+    Of two SAEs that other processes save there meanwhile, it is one or the other, whole. SAELens writes no checksums, so a
+    changed value in a directory of its own is not noticed.
 
     Raises FileNotFoundError if there is no SAE; ValueError (with the path) if a file is truncated, foreign, damaged or does
     not fit, if the SAE has an option that no class here can express, or if there is no such device.
@@ -118,11 +119,11 @@ def read_sae(path: Path):
         raise FileNotFoundError(f"{path} holds no SAE: {CFG} and {TENSORS} are looked for there")
     cfg = read_json(cfg_file)
     try:
-        tensors = {TENSORS: load_file(weights)}
+        tensors = {TENSORS: load_tensors(weights)}
         metadata = cfg.get("metadata", {})
         by_saelens = "sae_lens_training_version" in metadata  # a key that SAELens adds
         if (extra := current(path, STATE)).exists():
-            tensors[STATE] = load_file(extra)
+            tensors[STATE] = load_tensors(extra)
         ours = None if by_saelens else metadata.get("sae_utils")
         if ours:
             if STATE not in tensors:
@@ -142,11 +143,18 @@ def read_sae(path: Path):
         sae.to(getattr(torch, cfg["dtype"].removeprefix("torch."))).load_state_dict(state)
     except KeyError as error:
         raise ValueError(f"{path} is not a whole SAE directory: {error} is missing") from None
-    except (SafetensorError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole SAE directory: {error}") from None
     if ours and "sha256" not in ours:
         warnings.warn(f"{path} was saved without checksums, by an earlier version: save the SAE anew to have them")
     return sae
+
+
+def load_tensors(file: Path) -> dict:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated, damaged or no file of safetensors ({error})") from None
 
 
 def check_hashes(path: Path, cfg: dict, tensors: dict) -> None:

@@ -299,11 +299,14 @@ def test_a_full_disk_is_an_error_that_names_path_need_and_what_is_free(what, tmp
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix not in (".lock", ".txt")]
 
 
-@pytest.mark.parametrize("what", [name for name in WRITERS if name not in ("activations", "token rows")])
-def test_a_place_that_cannot_be_is_named(what, tmp_path, tiny_gpt2):
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_place_that_cannot_be_is_named(what, tmp_path, tiny_gpt2, monkeypatch):
     (tmp_path / "file").write_text("no directory")
-    with pytest.raises(OSError, match=f"{tmp_path / 'file' / 'here'} cannot be written: .* free there"):
-        WRITERS[what](tmp_path / "file" / "here", tiny_gpt2)
+    monkeypatch.setenv("SAE_UTILS_CACHE", str(tmp_path / "file" / "here"))
+    (tmp_path / "text").mkdir()
+    path = tmp_path / ("text" if what == "token rows" else "file") / "here"
+    with pytest.raises(OSError, match=f"{tmp_path / 'file' / 'here'}.* cannot be written: .* free there"):
+        WRITERS[what](path, tiny_gpt2)
 
 
 def test_errors_that_are_not_of_the_disk_stay_as_they_are(tmp_path):
