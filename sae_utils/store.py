@@ -134,7 +134,7 @@ def read_sae(path: Path):
             sae.dead_after = ours.get("dead_after", sae.dead_after)
             state = tensors[TENSORS] | tensors[STATE]
         elif STATE in tensors and not by_saelens:
-            raise ValueError(f"{STATE} is there, but {CFG} has no metadata.sae_utils: {CFG} is damaged")
+            raise ValueError(f"{CFG} names no class, so it is damaged; if SAELens wrote it, delete {STATE} beside it")
         else:
             sae, state = foreign(cfg), tensors[TENSORS]
             if set(state) != set(names := WEIGHTS[cfg["architecture"]]):

@@ -308,6 +308,13 @@ def test_a_changed_configuration_is_refused(sae, tmp_path, key):
         load_sae(path)
 
 
+def test_a_configuration_that_lost_our_entry_is_not_taken_for_one_of_saelens(sae, tmp_path):
+    path = save_sae(sae, tmp_path / "sae")
+    (path / "cfg.json").write_text((path / "cfg.json").read_text().replace("sae_utils", "sae_utilr"))
+    with pytest.raises(ValueError, match=f"{path} .*cfg.json names no class, .*delete sae_utils_state.safetensors"):
+        load_sae(path)
+
+
 def test_a_directory_of_an_earlier_version_loads_with_a_warning(sae, tmp_path):
     path = save_sae(sae, tmp_path / "sae")
     cfg = json.loads((path / "cfg.json").read_text())
