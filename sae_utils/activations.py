@@ -4,24 +4,25 @@ One file a hook, [rows, n_ctx, d_in] in float16 or bfloat16, under a key made of
 notebook finds what another has harvested. Hooks harvested from the same rows are aligned entry by entry.
 """
 
+import contextlib
 import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .data import open_array
-from .files import cache_dir, digest, lock
+from .files import array_writer, cache_dir, digest, disk_errors, in_bytes, lock, open_array, remove_leftovers, replacing
 from .lm import check_hook, check_tokens, run_prefix, run_with_gradient
+from .store import tensors_hash
+from .values import flag, one_of, whole
 
 GRAD = ".grad"  # after a hook's name: the gradient there
 
 
 class ActivationStore:
-    """Activations of `lm` at one or several hooks over `rows` of tokens [n_rows, n_ctx].
+    """Activations of `lm` at one or several hooks over `rows` of tokens, integers [n_rows, n_ctx] of any type.
 
     hook_names: one name or a list; `x` of a batch is the first, and `batch[name]` each of a list of several.
     dtype: "float16" (an activation over 65,504 is refused: use "bfloat16") or "bfloat16".
@@ -29,7 +30,8 @@ class ActivationStore:
     gradients: store ∇ₓ of the summed next-token loss at the first hook too (`run_with_gradient`; 0 at position 0 and at the
     last), as `grad` of a batch. Always in bfloat16: gradients are small, and float16 would lose those under 6e-8.
 
-    Raises before any work: ValueError for an unknown hook or a context over the model's; OSError if the disk is too small.
+    Raises before any work: ValueError for an unknown hook, rows that are no tokens of the model, or a context over the
+    model's; OSError if the disk is too small. ValueError for a stored file that is damaged.
     """
 
     def __init__(
@@ -43,23 +45,18 @@ class ActivationStore:
         batch_rows: int = 32,
         gradients: bool = False,
     ):
-        self.hook_names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
-        if dtype not in ("float16", "bfloat16"):
-            raise ValueError(f"dtype={dtype!r}: activations are stored as 'float16' or 'bfloat16'")
+        one_of("dtype", dtype, ["float16", "bfloat16"])
+        names = [hook_names] if isinstance(hook_names, str) or not hasattr(hook_names, "__iter__") else hook_names
+        self.hook_names = list(dict.fromkeys(map(str, names)))
         if not self.hook_names:
-            raise ValueError("hook_names=[]: name at least one hook")
+            raise ValueError(f"hook_names={hook_names!r}: name at least one hook")
         for name in self.hook_names:
             check_hook(lm, name)
-        if rows.ndim != 2 or not rows.size:
-            raise ValueError(
-                f"rows has shape {list(rows.shape)}: token rows are [n_rows, n_ctx], as `tokens` gives them"
-            )
-        check_tokens(lm, rows)
-        if (largest := int(rows.max())) >= lm.cfg.d_vocab:
-            raise ValueError(
-                f"rows holds token {largest}, and the model's vocabulary has {lm.cfg.d_vocab}: another tokenizer's"
-            )
-        self.rows, self.n_ctx, self.skip = rows, rows.shape[1], int(skip_first)
+        self.skip, batch_rows = int(flag("skip_first", skip_first)), whole("batch_rows", batch_rows)
+        self.rows = rows = token_rows(lm, rows)
+        if (n_ctx := rows.shape[1]) < 1 + max(self.skip, flag("gradients", gradients)):
+            raise ValueError(f"rows has n_ctx={n_ctx}: position 0 is left out, and a gradient needs a next token")
+        self.n_ctx = n_ctx
         self.device = torch.device(lm.cfg.device)
         self.dtype = getattr(torch, dtype)
         key = digest([weights_hash(lm), hashlib.sha256(np.ascontiguousarray(rows)).hexdigest(), rows.shape, dtype])
@@ -67,9 +64,7 @@ class ActivationStore:
         stored = self.hook_names + ([self.hook_names[0] + GRAD] if gradients else [])
         missing = [name for name in stored if not self.file(name).exists()]
         if missing:
-            with lock(self.path):
-                for leftover in self.path.glob(".*"):  # of a harvest that was killed: we hold the lock
-                    shutil.rmtree(leftover, ignore_errors=True)
+            with disk_errors(self.path), lock(self.path):
                 if missing := [name for name in missing if not self.file(name).exists()]:
                     self.harvest(lm, missing, batch_rows)
         self.maps = {name: self.open(name) for name in stored}
@@ -89,7 +84,7 @@ class ActivationStore:
         return torch.bfloat16 if name.endswith(GRAD) else self.dtype
 
     def harvest(self, lm, hook_names: list[str], batch_rows: int) -> None:
-        """Run the model over all rows and write one memory map a hook; nothing is left behind by a kill or an error."""
+        """Run the model over all rows and write one file a hook. No file is seen before it is whole."""
         wanted = [name.removesuffix(GRAD) for name in hook_names]
         first = run_prefix(lm, self.tokens(slice(0, 1)), wanted)
         first = {name: first[hook] for name, hook in zip(hook_names, wanted)}
@@ -99,26 +94,27 @@ class ActivationStore:
             batch_rows = max(1, min(batch_rows, most // (self.n_ctx * lm.cfg.d_vocab)))
         shapes = {name: (*self.rows.shape, first[name].shape[-1]) for name in hook_names}
         need = sum(2 * int(np.prod(shape)) for shape in shapes.values())
-        self.path.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.path, need):
+            self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
         free = shutil.disk_usage(self.path).free
         if need > 0.95 * free:
             raise OSError(
-                f"the activations of {', '.join(hook_names)} need {need / 2**30:.1f} GiB and {self.path} has "
-                f"{free / 2**30:.1f} GiB free: lower n_tokens, harvest fewer hooks, or set SAE_UTILS_CACHE to a larger disk"
+                f"the activations of {', '.join(hook_names)} need {in_bytes(need)} and {self.path} has {in_bytes(free)} free: "
+                f"lower n_tokens, harvest fewer hooks, or set SAE_UTILS_CACHE to a larger disk"
             )
-        with tempfile.TemporaryDirectory(prefix=".", dir=self.path) as scratch:
-            files = {name: Path(scratch, f"{name}.npy") for name in hook_names}
-            maps = {n: np.lib.format.open_memmap(files[n], "w+", np.uint16, shape) for n, shape in shapes.items()}
+        with contextlib.ExitStack() as stack:
+            append = {}
+            for name in hook_names:
+                new = stack.enter_context(replacing(self.file(name)))
+                append[name] = stack.enter_context(array_writer(new, shapes[name], np.uint16))
             for start in range(0, len(self.rows), batch_rows):
-                chunk = slice(start, start + batch_rows)
-                for name, x in self.run(lm, self.tokens(chunk), hook_names).items():
+                tokens = self.tokens(slice(start, start + batch_rows))
+                for name, x in self.run(lm, tokens, hook_names).items():
                     stored = x.to(self.dtype_of(name))
                     if not torch.isfinite(stored).all():
                         raise FloatingPointError(self.why_not_finite(name, x, start))
-                    maps[name][chunk] = stored.cpu().view(torch.int16).numpy().view(np.uint16)
-            for name in hook_names:
-                maps[name].flush()
-                files[name].replace(self.file(name))
+                    append[name](stored.cpu().view(torch.int16).numpy().view(np.uint16))
 
     def run(self, lm, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
         """Activations, and the gradient if it is among the names, from one forward."""
@@ -148,7 +144,7 @@ class ActivationStore:
 
     def take(self, entries) -> dict[str, Tensor]:
         """The activations numbered `entries` (0 … len − 1, sorted reads are fastest): x [batch, d_in] fp32, row, position, tokens."""
-        row, position = np.divmod(np.asarray(entries), self.n_ctx - self.skip)
+        row, position = np.divmod(numbers("entries", entries, len(self)), self.n_ctx - self.skip)
         position = position + self.skip
         flat = torch.from_numpy(row * self.n_ctx + position)
         batch = {name: m.view(-1, m.shape[-1]).index_select(0, flat) for name, m in self.maps.items()}
@@ -159,9 +155,10 @@ class ActivationStore:
 
     def take_rows(self, rows) -> dict[str, Tensor]:
         """Whole rows: x [n, n_ctx, d_in] fp32 (position 0 included), tokens [n, n_ctx], row [n], position [n_ctx]."""
-        index = torch.as_tensor(np.asarray(rows))
+        rows = numbers("rows", rows, len(self.rows))
+        index = torch.from_numpy(rows)
         batch = {name: m.index_select(0, index).to(self.device).float() for name, m in self.maps.items()}
-        about = {"tokens": self.tokens(np.asarray(rows)), "row": index, "position": torch.arange(self.n_ctx)}
+        about = {"tokens": self.tokens(rows), "row": index, "position": torch.arange(self.n_ctx)}
         batch |= {key: value.to(self.device) for key, value in about.items()}
         return self.named(batch)
 
@@ -172,16 +169,16 @@ class ActivationStore:
 
     def batches(self, batch_size: int, seed: int = 0, whole_rows: bool = False) -> "Batches":
         """Endless shuffled batches: of `batch_size` activations, or of `batch_size` whole rows."""
-        n = len(self.rows) if whole_rows else len(self)
-        if not 1 <= batch_size <= n:
+        n = len(self.rows) if flag("whole_rows", whole_rows) else len(self)
+        if (batch_size := whole("batch_size", batch_size)) > n:
             raise ValueError(
                 f"batch_size={batch_size}: this store holds {n:,} {'rows' if whole_rows else 'activations'}"
             )
-        return Batches(self.take_rows if whole_rows else self.take, n, batch_size, seed)
+        return Batches(self.take_rows if whole_rows else self.take, n, batch_size, whole("seed", seed, least=0))
 
     def activations(self, n: int = 0) -> Tensor:
         """The first n activations in row order (all by default), [n, d_in] fp32 on the store's device."""
-        return self.take(np.arange(min(n or len(self), len(self))))["x"]
+        return self.take(np.arange(min(whole("n", n, least=0) or len(self), len(self))))["x"]
 
 
 class Batches:
@@ -203,10 +200,36 @@ class Batches:
             epoch, start = epoch + 1, 0
 
 
+def token_rows(lm, rows) -> np.ndarray:
+    """Rows of tokens [n_rows, n_ctx], checked against the model, in the smallest type that holds them; ValueError if they are none."""
+    try:
+        rows = rows if isinstance(rows, np.ndarray) else np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+    except (ValueError, TypeError):
+        raise ValueError("rows is no array: token rows are integers [n_rows, n_ctx], all rows of one length") from None
+    if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "iu":
+        raise ValueError(
+            f"rows has shape {list(rows.shape)} and type {rows.dtype}: token rows are integers [n_rows, n_ctx], as `tokens` "
+            f"gives them"
+        )
+    check_tokens(lm, rows)
+    for token in (int(rows.min()), int(rows.max())):
+        if not 0 <= token < lm.cfg.d_vocab:
+            raise ValueError(
+                f"rows holds token {token}, and the model's vocabulary has {lm.cfg.d_vocab}: another tokenizer's"
+            )
+    return rows.astype(np.uint16 if lm.cfg.d_vocab <= 1 << 16 else np.uint32, copy=False)
+
+
+def numbers(name: str, values, n: int) -> np.ndarray:
+    """The values as an array of whole numbers below n; ValueError if they are none."""
+    array = np.atleast_1d(np.asarray(values.cpu() if isinstance(values, Tensor) else values))
+    good = array.ndim == 1 and array.dtype.kind in "iu" and array.size and 0 <= array.min() and array.max() < n
+    if not good:
+        raise ValueError(f"{name}={values!r}: they have to be whole numbers from 0 to {n - 1:,}, in a list or array")
+    return array.astype(np.int64, copy=False)
+
+
 def weights_hash(lm) -> str:
     """SHA-256 over the language model's configuration and parameters."""
-    sha = hashlib.sha256(lm.original_model.config.to_json_string().encode())
-    for name, parameter in sorted(lm.state_dict().items()):
-        if isinstance(parameter, Tensor):
-            sha.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:16]
+    weights = {name: value for name, value in lm.state_dict().items() if isinstance(value, Tensor)}
+    return tensors_hash(weights, lm.original_model.config.to_json_string())

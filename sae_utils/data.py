@@ -38,7 +38,19 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import ASSETS, BUILTIN_MODEL, build_once, cache_dir, code_hash, digest, file_hash, offline, replacing
+from .files import (
+    ASSETS,
+    BUILTIN_MODEL,
+    array_writer,
+    build_once,
+    cache_dir,
+    code_hash,
+    digest,
+    file_hash,
+    offline,
+    open_array,
+    replacing,
+)
 from .values import flag, near, one_of, whole
 
 BUILTIN = "python-source"
@@ -135,8 +147,8 @@ def tokens(
         if text:
             with replacing(note) as file:
                 file.write_text(text, encoding="utf-8", errors="backslashreplace")
-        with open(new, "wb") as f:
-            np.save(f, rows)
+        with array_writer(new, rows.shape, dtype) as append:
+            append(rows)
 
     if dataset == BUILTIN and (shipped := shipped_rows(*about)).is_file():
         path = shipped
@@ -200,14 +212,6 @@ def unread(path) -> str:
     others = local_files(path)[1] if path else {}
     found = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
     return f"files and folders not read: {found}" if found else ""
-
-
-def open_array(path, mode="r") -> np.memmap:
-    """Open a .npy file as a memory map ("r" read-only, "c" copy-on-write); a truncated or foreign one is refused by path."""
-    try:
-        return np.lib.format.open_memmap(path, mode=mode)  # unlike np.load it knows no other format
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole .npy file ({error}): delete it and it will be made again") from None
 
 
 def token_stream(texts, tokenizer, lost, batch=64):

@@ -1,21 +1,25 @@
-"""Files that survive a kill and are shared by processes: paths, hashes, atomic writes, build-once.
+"""Files that survive a kill and are shared by processes: paths, hashes, atomic writes, checksums, build-once.
 
 Imports no torch, so that the sweep runner can use it.
 """
 
 import ast
 import contextlib
-import ctypes
+import errno
 import functools
 import hashlib
+import io
 import json
+import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import zlib
 from pathlib import Path
 
-from filelock import FileLock
+import numpy as np
+from filelock import FileLock, Timeout
 
 from .values import near
 
@@ -28,11 +32,19 @@ TOKENIZERS = ["tokenizer.json", "vocab.*", "*.model", "*.tiktoken"]  # a tokeniz
 MODEL_FILES = ["config.json", "*.safetensors", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
 MODEL_FILES += ["*.safetensors.index.json", "added_tokens.json", *TOKENIZERS[1:]]  # all that a result depends on
 OTHER_WEIGHTS = ["pytorch_model*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf"]
+UNFINISHED = ".unfinished"  # ends the name of a temporary directory
+JOURNAL = ".sae_utils.new"  # in a directory: new files on their way to their places
+MARK = b"sae_utils crc32:"  # at the end of an array's file, before the 4 bytes of its checksum
+N_TRAILER = len(MARK) + 4
+DISK = {
+    getattr(errno, name, None)
+    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR EISDIR EEXIST ENAMETOOLONG".split()
+} - {None}
 
 
 def cache_dir() -> Path:
     """Where token and activation caches live: `$SAE_UTILS_CACHE`, or `outputs/cache` of the repository."""
-    return Path(os.environ.get("SAE_UTILS_CACHE") or OUTPUTS / "cache")
+    return Path(os.environ.get("SAE_UTILS_CACHE") or OUTPUTS / "cache").expanduser()
 
 
 def offline() -> bool:
@@ -223,47 +235,212 @@ def read_json(path):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yield a temporary path beside `path` (file or directory to be made); rename it over `path` on success.
+def replacing(path, need: int = 0):
+    """Yield a temporary path, for a file or a directory of files to be made there; put it in the place of `path` on success.
 
-    A kill before the rename leaves `path` as it was. A directory is exchanged for the new one in one step where the system
-    can; elsewhere in two renames, and a kill between them leaves the old one in the temporary directory.
+    A file is renamed over the old one. Files of a directory replace those of the same names and leave others alone, all in
+    one step for readers that look through `current`. A kill or an error leaves the old or the new, whole; what a killed
+    process left is removed by the next call in the same directory. A symlink stays, and what it points to is replaced. Files get
+    the permissions that the umask says. An OSError of the disk names the path, the bytes it needs (`need`, or those written
+    so far) and those that are free.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    path = Path(os.path.realpath(path))
+    with disk_errors(path, need):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch, held = own_scratch(path)
         new = scratch / "new"
-        yield new
-        for file in [new] if new.is_file() else [p for p in new.rglob("*") if p.is_file()]:
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        if path.is_dir() and not exchange(new, path):
-            os.replace(path, scratch / "old")
-        if new.exists() and not path.is_dir():
-            os.replace(new, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            with disk_errors(path, need, new):
+                yield new
+                (scratch / "usual").touch()
+                mode = (scratch / "usual").stat().st_mode
+                for file in files_of(new):
+                    with open(file, "r+b") as f:
+                        os.fsync(f.fileno())
+                    if file.stat().st_mode != mode:  # safetensors lets nobody but the owner read
+                        os.chmod(file, mode & 0o777)
+                install(new, path) if new.is_dir() else os.replace(new, path)
+        finally:
+            held.release()
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def exchange(a: Path, b: Path) -> bool:
-    """Give two existing paths each other's names in one step (renameat2, Linux); False if the system cannot."""
+def own_scratch(path: Path) -> tuple[Path, FileLock]:
+    """A new hidden directory beside the file `path`, or in the directory `path`, and a lock on it."""
+    homes = [path.parent] + [path] * path.is_dir()
+    for home in homes:
+        remove_leftovers(home)
+    while True:
+        scratch = homes[-1] / f".{path.name[:60]}.{secrets.token_hex(4)}{UNFINISHED}"
+        scratch.mkdir()
+        held = FileLock(scratch / "lock", timeout=0)
+        try:
+            held.acquire()
+        except (Timeout, FileNotFoundError, FileExistsError):  # another process just took it for a dead one's
+            continue
+        except OSError:  # a disk without locks: leftovers stay
+            pass
+        return scratch, held
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what dead processes left half made in a directory: nobody holds the locks of those."""
+    for left in directory.glob(f".*{UNFINISHED}"):
+        with contextlib.suppress(OSError), FileLock(left / "lock", timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+
+
+def install(new: Path, directory: Path) -> None:
+    """Give the files of directory `new` their places in `directory`.
+
+    The rename to `JOURNAL` is the step that counts: from then on `current` finds the new files, and any process can move them
+    to their places. So two processes need no lock, and a kill in between leaves a whole directory.
+    """
+    while new.exists():
+        settle(directory)
+        try:
+            os.replace(new, directory / JOURNAL if directory.is_dir() else directory)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # those say that another process was quicker
+                raise
+    settle(directory)
+
+
+def settle(directory: Path) -> None:
+    """Move files that wait in the journal of `directory` to their places."""
     try:
-        at_fdcwd, rename_exchange = -100, 2
-        return ctypes.CDLL(None).renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
-    except (AttributeError, OSError, TypeError):
-        return False
+        waiting = os.listdir(directory / JOURNAL)
+    except FileNotFoundError:
+        return
+    for name in waiting:
+        with contextlib.suppress(FileNotFoundError):  # another process moved it
+            os.replace(directory / JOURNAL / name, directory / name)
+    with contextlib.suppress(OSError):  # another process was quicker, or has the next files there
+        os.rmdir(directory / JOURNAL)
+
+
+def current(directory: Path, name: str) -> Path:
+    """Where a file is in a directory that `replacing` writes: in its place, or still in the journal after a kill."""
+    waiting = directory / JOURNAL / name
+    return waiting if waiting.exists() else directory / name
+
+
+@contextlib.contextmanager
+def disk_errors(path, need: int = 0, written: Path | None = None):
+    """Let an error of the disk name `path`, the bytes it needs (at least those `written`) and the bytes that are free."""
+    path = Path(os.path.realpath(path))
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors
+            number = int(found[1])
+        about = getattr(error, "filename", None)
+        about = Path(os.path.realpath(about)) if isinstance(about, (str, Path)) else path
+        elsewhere = path.parent not in about.parents and about not in path.parents
+        explained = isinstance(error, OSError) and error.strerror is None
+        if number not in DISK or elsewhere or explained:
+            raise
+        so_far = sum(file.stat().st_size for file in files_of(written)) if written else 0
+        free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.is_dir())).free + so_far
+        needs = f"It needs more than {in_bytes(so_far)}, and " if so_far else ""
+        if need := getattr(error, "need", need):
+            needs = f"It needs {in_bytes(need)}, and "
+        kind = type(error) if isinstance(error, OSError) else OSError
+        message = kind(
+            f"{path} cannot be written: {os.strerror(number)}. {needs}{in_bytes(free)} are free there. Make room, "
+            f"or choose another place: SAE_UTILS_CACHE is that of caches, SAE_UTILS_OUTPUT that of runs"
+        )
+        message.errno = number
+        raise message from error
+
+
+def in_bytes(n: int) -> str:
+    """`"1.50 GiB"`, in the largest unit of which there is at least one."""
+    power = min(max(n, 1).bit_length() - 1, 40) // 10
+    return f"{n / 2 ** (10 * power):.2f} {'KMGT'[power - 1]}iB" if power else f"{n} bytes"
+
+
+@contextlib.contextmanager
+def array_writer(path, shape, dtype):
+    """Yield a function that appends blocks of rows to a new .npy file, which a checksum ends. NumPy passes over the checksum.
+
+    The space is reserved first, so that a full disk is an error before the work. Systems that cannot (macOS, Windows, some
+    network disks) reserve nothing: there the write that finds the disk full raises that error.
+    """
+    dtype, header, checksum = np.dtype(dtype), io.BytesIO(), 0
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(header, about)
+    size = header.tell() + math.prod(shape) * dtype.itemsize + N_TRAILER
+
+    def put(data) -> None:
+        nonlocal checksum
+        checksum = zlib.crc32(data, checksum)
+        file.write(data)
+
+    try:
+        with open(path, "wb") as file:
+            reserve(file, size)
+            put(header.getvalue())
+            yield lambda block: put(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8))
+            file.write(MARK + checksum.to_bytes(4, "little"))
+            if file.tell() != size:
+                raise ValueError(f"the blocks for {path} do not make an array of shape {list(shape)}")
+    except OSError as error:
+        error.need = size
+        raise
+
+
+def reserve(file, n_bytes: int) -> None:
+    """Take the space for n bytes now, where the system can."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+def open_array(path, mode="r") -> np.memmap:
+    """Open a file of `array_writer` as a memory map ("r" read-only, "c" copy-on-write).
+
+    The checksum is verified when a process first opens the file. ValueError with the path if the file is truncated, damaged
+    or foreign.
+    """
+    try:
+        stat = os.stat(path)
+        if not verified(os.path.realpath(path), stat.st_ino, stat.st_mtime_ns, stat.st_size):
+            raise ValueError("its checksum is missing or wrong")
+        return np.lib.format.open_memmap(path, mode=mode)  # unlike np.load it knows no other format
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a whole .npy file ({error}): delete it and it will be made again") from None
+
+
+@functools.cache
+def verified(path: str, *version: int) -> bool:
+    """Whether the checksum at the end of a file is that of the bytes before it; read once for each version of the file."""
+    left, checksum = max(0, version[-1] - N_TRAILER), 0
+    with open(path, "rb") as file:
+        while block := file.read(min(left, 1 << 20)):
+            checksum, left = zlib.crc32(block, checksum), left - len(block)
+        return file.read() == MARK + checksum.to_bytes(4, "little")
 
 
 def write_json(path, obj) -> None:
-    with replacing(path) as new:
-        new.write_text(json.dumps(obj, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(obj, indent=1, sort_keys=True) + "\n"
+    with replacing(path, len(text)) as new:
+        new.write_text(text)
 
 
 def lock(path) -> FileLock:
     """A kernel lock beside `path`; the system frees it when its holder dies."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path.with_name(path.name + ".lock"))
 
 
@@ -274,10 +451,8 @@ def build_once(path, build) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        with lock(path):
+        with disk_errors(path), lock(path):
             if not path.exists():
-                for leftover in path.parent.glob(f".{path.name}.*"):  # of a builder that was killed: we hold the lock
-                    shutil.rmtree(leftover, ignore_errors=True)
                 with replacing(path) as new:
                     build(new)
     return path

@@ -29,6 +29,7 @@ from .identity import training_parts
 from .losses import FLOATS, GRADIENTS, as_batch, check_fit, fvu_of, own_objective
 from .sae import HIGH_NORM, SAE, high_norm, inference, scale_of, typical
 from .sparse import bf16_is_fast
+from .store import tensors_hash
 from .values import flag, real, whole
 
 CODE = ("training", "losses", "sae", "choice", "sparse", "kernels", "activations", "end_to_end", "lm")  # what trains
@@ -485,8 +486,9 @@ def save_checkpoint(path, jobs, optimizers, parts: dict, step: int, history: lis
     sources = {file: value for file, value in source_hashes().items() if loaded(file)}
     about = {"parts": parts, "sources": sources, "step": step, "history": history}
     about["dead_after"] = {name: sae.dead_after for name, (sae, _) in jobs.items()}
-    with replacing(path) as new:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, new, {"training": json.dumps(about)})
+    tensors, text = {key: value.contiguous() for key, value in tensors.items()}, json.dumps(about)
+    with replacing(path, len(text) + sum(value.nbytes for value in tensors.values())) as new:
+        save_file(tensors, new, {"training": text, "sha256": tensors_hash(tensors, text)})
 
 
 def loaded(file: str) -> bool:
@@ -499,8 +501,11 @@ def load_checkpoint(path, jobs, optimizers, parts: dict) -> tuple[int, list[dict
     """Restore everything in place; return the step and history. A checkpoint of older `sae_utils` sources is passed over."""
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["training"])
+            metadata = file.metadata() or {}
+            about = json.loads(metadata["training"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}
+        if metadata["sha256"] != tensors_hash(tensors, metadata["training"]):
+            raise ValueError("its checksum is wrong")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"{path} is not a whole checkpoint of ours ({error}): delete it to train from the start"

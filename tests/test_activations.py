@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import exit_code, kill_me, killed, start_child
 
-from sae_utils import ActivationStore, activations, load_language_model
+from sae_utils import ActivationStore, activations, files, load_language_model
+from sae_utils.files import array_writer
 from sae_utils.lm import run_prefix
 
 PRE, MLP, Z = "blocks.2.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"
@@ -78,7 +79,8 @@ def test_one_hook_of_several_is_x(tiny_gpt2, rows):
     store = ActivationStore(tiny_gpt2, rows, [MLP, PRE])
     batch = store.take([3])
     assert torch.equal(batch["x"], batch[MLP]) and not torch.equal(batch["x"], batch[PRE])
-    assert set(ActivationStore(tiny_gpt2, rows, MLP).take([3])) == {"x", MLP, "row", "position", "tokens"}
+    for names in (MLP, (MLP, MLP)):
+        assert set(ActivationStore(tiny_gpt2, rows, names).take([3])) == {"x", MLP, "row", "position", "tokens"}
 
 
 def test_a_batch_is_a_copy(tiny_gpt2, rows):
@@ -195,30 +197,40 @@ def test_what_changes_the_activations_changes_the_cache(tiny_gpt2, tiny_neox, ro
     assert len(set(paths)) == len(paths)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "rows", "dtype", "zip"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "zeroed", "truncated", "empty", "text", "no checksum", "rows", "dtype", "zip"]
+)
 def test_a_damaged_or_foreign_cache_file_is_refused_by_path(tiny_gpt2, rows, damage):
-    path = ActivationStore(tiny_gpt2, rows, PRE).file(PRE)
-    if damage == "truncated":
+    name = PRE + activations.GRAD
+    path = ActivationStore(tiny_gpt2, rows, PRE, gradients=True).file(name)
+    content = path.read_bytes()
+    if damage == "flipped":
+        path.write_bytes(content[:300] + bytes([content[300] ^ 1]) + content[301:])
+    elif damage == "zeroed":
+        path.write_bytes(content[:-500] + bytes(500))
+    elif damage == "no checksum":
+        np.save(path, np.load(path))
+    elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:-2])
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "text":
         path.write_text("not an array" * 100)
-    elif damage == "rows":
-        np.save(path, np.zeros((6, 6, 16), np.uint16))
-    elif damage == "dtype":
-        np.save(path, np.zeros((7, 6, 16), np.float16))
+    elif damage in ("rows", "dtype"):
+        array = np.zeros((6, 6, 16), np.uint16) if damage == "rows" else np.zeros((7, 6, 16), np.float16)
+        with array_writer(path, array.shape, array.dtype) as append:
+            append(array)
     elif damage == "zip":
         np.savez(path.with_suffix(".npz"), x=np.zeros((7, 6, 16), np.uint16))
         path.with_suffix(".npz").replace(path)
     with pytest.raises(ValueError) as error:
-        ActivationStore(tiny_gpt2, rows, PRE)
+        ActivationStore(tiny_gpt2, rows, PRE, gradients=True)
     assert str(path) in str(error.value) and "delete it" in str(error.value)
     path.unlink()
-    assert ActivationStore(tiny_gpt2, rows, PRE).activations().shape == (35, 16)
+    assert ActivationStore(tiny_gpt2, rows, PRE, gradients=True).take([3])["grad"].any()
 
 
-@pytest.mark.parametrize("moment", ["second batch", "flushed", "one of two renamed"])
+@pytest.mark.parametrize("moment", ["second batch", "written", "one of two renamed"])
 def test_a_kill_while_harvesting_leaves_nothing_that_loads(tiny_gpt2, rows, clean, moment, own_cache, forwards):
     def work():
         if moment == "second batch":
@@ -226,19 +238,19 @@ def test_a_kill_while_harvesting_leaves_nothing_that_loads(tiny_gpt2, rows, clea
             activations.run_prefix = lambda *args: (
                 calls.append(1) or (kill_me() if len(calls) > 2 else run_prefix(*args))
             )
-        elif moment == "flushed":
-            activations.Path.replace = kill_me
+        elif moment == "written":
+            files.os.replace = kill_me
         else:
-            replace = activations.Path.replace
-            activations.Path.replace = lambda self, to: kill_me() if Z in str(self) else replace(self, to)
+            replace = files.os.replace
+            files.os.replace = lambda new, to: kill_me() if PRE in str(to) else replace(new, to)
         ActivationStore(tiny_gpt2, rows, [PRE, Z], batch_rows=3)
 
     assert killed(work)
     (path,) = [p for p in (own_cache / "activations").iterdir() if p.is_dir()]
-    assert [p.name for p in path.glob("*.npy")] == ([f"{PRE}.npy"] if moment == "one of two renamed" else [])
-    assert len(list(path.glob(".*"))) == 1
+    assert [p.name for p in path.glob("*.npy")] == ([f"{Z}.npy"] if moment == "one of two renamed" else [])
+    assert len(list(path.glob(".*"))) == (1 if moment == "one of two renamed" else 2)
     store = ActivationStore(tiny_gpt2, rows, [PRE, Z], batch_rows=3)
-    assert forwards[0] == ([Z] if moment == "one of two renamed" else [PRE, Z])
+    assert forwards[0] == ([PRE] if moment == "one of two renamed" else [PRE, Z])
     for name in (PRE, Z):
         torch.testing.assert_close(store.take_rows(range(7))[name], fp16(clean[name]), atol=1e-6, rtol=1e-3)
     assert sorted(p.name for p in path.iterdir()) == sorted([f"{PRE}.npy", f"{Z}.npy"])
@@ -279,11 +291,28 @@ def test_two_processes_harvest_once(tiny_gpt2, rows, tmp_path):
         ),
         ({"hook_names": [PRE, "blocks.9.hook_mlp_out"]}, "blocks.9.hook_mlp_out"),
         ({"hook_names": []}, "name at least one hook"),
-        ({"dtype": "float32"}, "dtype='float32': activations are stored as 'float16' or 'bfloat16'"),
+        ({"dtype": "float32"}, "dtype='float32'.*: allowed are 'float16', 'bfloat16'"),
         ({"rows": np.zeros((2, 33), np.uint16)}, "n_ctx=33 is longer than the model's context of 32"),
         ({"rows": np.zeros((0, 8), np.uint16)}, r"shape \[0, 8\]"),
         ({"rows": np.zeros(8, np.uint16)}, r"shape \[8\]"),
         ({"rows": np.full((2, 8), 300, np.uint16)}, "token 300, and the model's vocabulary has 300"),
+        ({"rows": np.full((2, 8), -1)}, "token -1, and the model's vocabulary has 300"),
+        ({"rows": np.zeros((2, 8))}, r"shape \[2, 8\] and type float64: token rows are integers"),
+        ({"rows": torch.zeros(2, 8, dtype=torch.bool)}, "type bool: token rows are integers"),
+        ({"rows": [[1, 2], [3]]}, "rows is no array: .* all rows of one length"),
+        ({"rows": [["a", "b"]]}, "token rows are integers"),
+        ({"rows": None}, r"shape \[\] and type object"),
+        ({"rows": np.zeros((2, 1), np.uint16)}, "n_ctx=1: position 0 is left out"),
+        (
+            {"rows": np.zeros((2, 1), np.uint16), "skip_first": False, "gradients": True},
+            "a gradient needs a next token",
+        ),
+        ({"hook_names": None}, "hook_name='None' is not a hook"),
+        ({"hook_names": [3]}, "hook_name='3' is not a hook"),
+        ({"dtype": torch.float16}, "dtype=torch.float16 .*allowed are"),
+        ({"skip_first": 1}, "skip_first=1: it has to be True or False"),
+        ({"gradients": "yes"}, "gradients='yes': it has to be True or False"),
+        ({"batch_rows": 0}, "batch_rows=0: it has to be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments(tiny_gpt2, rows, arguments, message, own_cache, forwards):
@@ -292,10 +321,35 @@ def test_bad_arguments(tiny_gpt2, rows, arguments, message, own_cache, forwards)
     assert not forwards and not own_cache.exists()
 
 
-@pytest.mark.parametrize(("batch_size", "whole_rows"), [(36, False), (8, True), (0, False), (-1, True)])
-def test_batch_size(tiny_gpt2, rows, batch_size, whole_rows):
-    with pytest.raises(ValueError, match=f"batch_size={batch_size}: this store holds {7 if whole_rows else 35} "):
-        ActivationStore(tiny_gpt2, rows, PRE).batches(batch_size, whole_rows=whole_rows)
+@pytest.mark.parametrize("form", [torch.from_numpy, np.ndarray.tolist, np.int64, np.asfortranarray])
+def test_rows_of_any_form_are_the_same_rows(tiny_gpt2, rows, form, forwards):
+    x = ActivationStore(tiny_gpt2, rows, PRE).activations()
+    forwards.clear()
+    assert torch.equal(ActivationStore(tiny_gpt2, form(rows), PRE).activations(), x) and not forwards
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda store: store.batches(36), "batch_size=36: this store holds 35 activations"),
+        (lambda store: store.batches(8, whole_rows=True), "batch_size=8: this store holds 7 rows"),
+        (lambda store: store.batches(0), "batch_size=0: it has to be a whole number"),
+        (lambda store: store.batches(-1, whole_rows=True), "batch_size=-1: it has to be a whole number"),
+        (lambda store: store.batches(4.0), "batch_size=4.0: it has to be a whole number"),
+        (lambda store: store.batches(True), "batch_size=True: it has to be a whole number"),
+        (lambda store: store.batches(4, seed=-1), "seed=-1: it has to be a whole number"),
+        (lambda store: store.batches(4, whole_rows=2), "whole_rows=2: it has to be True or False"),
+        (lambda store: store.activations(-3), "n=-3: it has to be a whole number"),
+        (lambda store: store.take([35]), r"entries=\[35\]: they have to be whole numbers from 0 to 34"),
+        (lambda store: store.take(np.array([-1])), r"entries=array\(\[-1\]\)"),
+        (lambda store: store.take([0.5]), r"entries=\[0.5\]"),
+        (lambda store: store.take_rows([7]), r"rows=\[7\]: they have to be whole numbers from 0 to 6"),
+        (lambda store: store.take_rows([]), r"rows=\[\]"),
+    ],
+)
+def test_bad_reads(tiny_gpt2, rows, use, message):
+    with pytest.raises(ValueError, match=message):
+        use(ActivationStore(tiny_gpt2, rows, PRE))
 
 
 @pytest.fixture
@@ -333,18 +387,26 @@ def test_not_finite(broken, rows, value, own_cache):
 
 
 def test_a_disk_too_small(tiny_gpt2, rows, own_cache, monkeypatch):
-    """7 · 6 · 16 · 2 bytes a hook."""
+    """7 · 6 · 16 · 2 bytes a hook. What a killed harvest left does not count."""
+
+    def work():
+        activations.array_writer = kill_me
+        ActivationStore(tiny_gpt2, rows, PRE)
+
+    assert killed(work)
     need = 7 * 6 * 16 * 2
 
     def free(n_bytes):
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=n_bytes))
 
+    (left,) = own_cache.glob("activations/*/.*.unfinished")
     free(2 * need)
     with pytest.raises(
-        OSError, match="need .* GiB .* GiB free: lower n_tokens, harvest fewer hooks, or set SAE_UTILS_CACHE"
+        OSError,
+        match=f"need {need * 2 / 1024:.2f} KiB .* KiB free: lower n_tokens, harvest fewer hooks, or set SAE_UTILS_CACHE",
     ):
         ActivationStore(tiny_gpt2, rows, [PRE, MLP])
-    assert not list(own_cache.rglob("*.npy"))
+    assert not list(own_cache.rglob("*.npy")) and not left.exists()
     assert len(ActivationStore(tiny_gpt2, rows, PRE)) == 35
     free(0)
     assert len(ActivationStore(tiny_gpt2, rows, PRE)) == 35  # it is there

@@ -654,13 +654,11 @@ def test_a_kill_while_building_leaves_nothing_that_loads(moment, words, text, ow
     def work():
         if moment == "half written":
 
-            def half(file, array):
-                np.lib.format.write_array(file, array)
-                file.truncate(file.tell() // 2)
-                file.flush()
+            def half(path, *_):
+                path.write_bytes(b"half an array")
                 kill_me()
 
-            np.save = half
+            data.array_writer = half
         else:
             files.os.replace = kill_me
         tokens(text, words, 4)

@@ -2,11 +2,12 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import kill_me, killed
+from helpers import kill_me, killed, start_child
 from safetensors.torch import load_file, save_file
 
 from sae_utils import TopKSAE, files, load_sae, save_sae, store
@@ -91,6 +92,7 @@ def test_saelens_finds_what_it_wants(sae, tmp_path):
     assert int(metadata["sae_lens_version"].split(".")[0]) >= 6
     assert (metadata["model_name"], metadata["hook_name"]) == ("m", "blocks.1.hook_resid_pre")
     assert metadata["context_size"] == 8 and metadata["prepend_bos"] is False
+    assert set(metadata["sae_utils"].pop("sha256")) == {p.name for p in (tmp_path / "sae").iterdir()}
     assert metadata["sae_utils"] == {
         "class": "TopKSAE",
         "arguments": {"d_in": 6, "d_sae": 20, "k": 3},
@@ -264,7 +266,70 @@ def test_a_damaged_file(sae, tmp_path, file, damage):
     )  # fmt: skip
     with pytest.raises(ValueError) as error:
         load_sae(path)
-    assert str(path) in str(error.value)
+    assert str(path / ("" if damage == "list" and file == "cfg.json" else file)) in str(error.value)
+
+
+def damages(content: bytes):
+    """A bit flipped in each of 40 places, and a tail of zeros."""
+    for at in range(0, len(content), max(1, len(content) // 40)):
+        yield content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+    yield content[:-16] + bytes(16)
+
+
+@pytest.mark.parametrize("file", ["sae_weights.safetensors", "sae_utils_state.safetensors", "cfg.json"])
+def test_a_flipped_bit_gives_an_error_or_the_very_sae(sae, tmp_path, file):
+    path = save_sae(sae, tmp_path / "sae")
+    content, refused = (path / file).read_bytes(), 0
+    for damaged in damages(content):
+        (path / file).write_bytes(damaged)
+        try:  # a name or a space in cfg.json may differ
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                assert same(load_sae(path), sae) and file == "cfg.json"
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("key", ["k", "dtype", "architecture", "arguments", "dead_after", "class"])
+def test_a_changed_configuration_is_refused(sae, tmp_path, key):
+    path = save_sae(sae, tmp_path / "sae")
+    cfg = json.loads((path / "cfg.json").read_text())
+    cfg["metadata"]["note"] = "what a user adds"
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    assert same(load_sae(path), sae)
+    change = {"k": 4, "dtype": "float64", "architecture": "standard"}
+    ours = {"arguments": {"d_in": 6, "d_sae": 20, "k": 4}, "dead_after": 13, "class": "MutualChoiceSAE"}
+    cfg |= {key: change[key]} if key in change else {}
+    cfg["metadata"]["sae_utils"] |= {key: ours[key]} if key in ours else {}
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(ValueError, match=f"{path / 'cfg.json'} was damaged or edited"):
+        load_sae(path)
+
+
+def test_a_configuration_that_lost_our_entry_is_not_taken_for_one_of_saelens(sae, tmp_path):
+    path = save_sae(sae, tmp_path / "sae")
+    (path / "cfg.json").write_text((path / "cfg.json").read_text().replace("sae_utils", "sae_utilr"))
+    with pytest.raises(ValueError, match=f"{path} .*cfg.json names no class, .*delete sae_utils_state.safetensors"):
+        load_sae(path)
+
+
+def test_a_directory_of_an_earlier_version_loads_with_a_warning(sae, tmp_path):
+    path = save_sae(sae, tmp_path / "sae")
+    cfg = json.loads((path / "cfg.json").read_text())
+    del cfg["metadata"]["sae_utils"]["sha256"]
+    (path / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.warns(UserWarning, match=f"{path} was saved without checksums"):
+        assert same(load_sae(path), sae)
+
+
+def test_a_device_that_is_not_there(sae, tmp_path):
+    device = next(
+        name for name, there in {"cuda": torch.cuda, "mps": torch.backends.mps}.items() if not there.is_available()
+    )
+    with pytest.raises(ValueError, match=f"device='{device}': this torch sees no"):
+        load_sae(save_sae(sae, tmp_path / "sae"), device=device)
 
 
 @pytest.mark.parametrize(
@@ -322,16 +387,45 @@ def test_an_sae_is_replaced(sae, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["sae"]
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_an_error_while_saving_leaves_the_old_sae(sae, tmp_path, exchange, monkeypatch):
-    if not exchange:
-        monkeypatch.setattr(files, "exchange", lambda *_: False)
+def test_an_error_while_saving_leaves_the_old_sae(sae, tmp_path):
     path = save_sae(sae, tmp_path / "sae")
     with pytest.raises(TypeError, match="not JSON serializable"):
         save_sae(TopKSAE(4, 8, k=2), path, {"when": object()})
     assert same(load_sae(path), sae) and [p.name for p in tmp_path.iterdir()] == ["sae"]
     save_sae(other := TopKSAE(4, 8, k=2), path)
     assert same(load_sae(path), other) and [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def test_other_files_and_symlinks_survive_a_save(sae, tmp_path):
+    home = save_sae(sae, tmp_path / "elsewhere" / "sae")
+    (home / "notes").mkdir()
+    for file in (home / "thesis.tex", home / "notes" / "a.txt", home / ".hidden"):
+        file.write_text("years of work")
+    (tmp_path / "link").symlink_to(home)
+    (tmp_path / "dangling").symlink_to(tmp_path / "new")
+    other = TopKSAE(4, 8, k=2)
+    for name in ("link", "dangling"):
+        save_sae(other, tmp_path / name)
+        assert (tmp_path / name).is_symlink() and same(load_sae(tmp_path / name), other)
+    assert same(load_sae(home), other)
+    assert {p.read_text() for p in (home / "thesis.tex", home / "notes" / "a.txt", home / ".hidden")} == {
+        "years of work"
+    }
+    assert len(list(home.iterdir())) == 6 and len(list(tmp_path.iterdir())) == 4
+
+
+def test_home_is_expanded(sae, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert save_sae(sae, "~/sae") == tmp_path / "sae"
+    assert same(load_sae("~/sae"), sae) and [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_name_is_refused(sae, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no name of a directory"):
+        save_sae(sae, path)
 
 
 def truncate_and_die(tensors, path):
@@ -341,28 +435,75 @@ def truncate_and_die(tensors, path):
     kill_me()
 
 
+def die_at(n: int):
+    """A function to put in the place of `os.replace`: it does what that does, but the n-th call kills the process."""
+    replace, calls = files.os.replace, iter(range(1, n))
+    return lambda *args: replace(*args) if next(calls, 0) else kill_me()
+
+
 MOMENTS = {  # where the child dies, and whether the old SAE or the new one is there then
     "weights half written": (store, "save_file", truncate_and_die, "old"),
     "all written": (files.os, "fsync", kill_me, "old"),
-    "before the exchange": (files, "exchange", kill_me, "old"),
-    "after the exchange": (files.shutil, "rmtree", kill_me, "new"),
+    "before the step that counts": (files.os, "replace", die_at(1), "old"),
+    "after the step that counts": (files.os, "replace", die_at(2), "new"),
+    "one file in its place": (files.os, "replace", die_at(3), "new"),
+    "two files in their places": (files.os, "replace", die_at(4), "new"),
+    "all in their places": (files.os, "rmdir", kill_me, "new"),
+    "before the end": (files.shutil, "rmtree", kill_me, "new"),
 }
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_kill_while_saving_leaves_a_whole_sae(sae, tmp_path, moment):
+def test_a_kill_while_saving_leaves_a_whole_sae(sae, tmp_path, moment, monkeypatch):
     module, name, die, left = MOMENTS[moment]
     path = save_sae(sae, tmp_path / "sae")
-    new = TopKSAE(4, 8, k=2)
+    new = TopKSAE(6, 20, k=2)
 
     def work():
         setattr(module, name, die)
         save_sae(new, path)
 
     assert killed(work)
-    assert same(load_sae(path), new if left == "new" else sae)
-    save_sae(new, path)
-    assert same(load_sae(path), new)
+    with monkeypatch.context() as read_only:  # a reader who may not write finds it where it waits
+        read_only.setattr(store, "settle", lambda _: None)
+        assert same(load_sae(path), new if left == "new" else sae)
+    assert same(load_sae(path), new if left == "new" else sae) and not (path / files.JOURNAL).exists()
+    save_sae(newer := TopKSAE(4, 8, k=2), path)
+    assert same(load_sae(path), newer)
+    assert len(list(path.iterdir())) == 3 and [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def test_an_sae_that_two_processes_save_is_never_read_in_part(tmp_path):
+    """Every value of each SAE is its own number, so a mixture shows."""
+
+    def numbered(i):
+        sae = TopKSAE(6, 20, k=i)
+        for tensor in sae.state_dict().values():
+            tensor.fill_(i)
+        sae.dead_after = i
+        return sae
+
+    def keep_saving(i):
+        sae = numbered(i)
+        while True:
+            save_sae(sae, path)
+
+    path = save_sae(numbered(1), tmp_path / "sae")
+    children = [start_child(keep_saving, i) for i in (1, 2)]
+    seen = []
+    try:
+        while len(seen) < 600 or len(set(seen)) < 2:
+            sae = load_sae(path)
+            assert same(sae, numbered(sae.k))
+            seen.append(sae.k)
+            assert all(child.is_alive() for child in children)
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+    save_sae(numbered(3), path)
+    assert same(load_sae(path), numbered(3))
+    assert len(list(path.iterdir())) == 3 and [p.name for p in tmp_path.iterdir()] == ["sae"]
 
 
 def test_a_first_save_killed_is_no_sae(sae, tmp_path):
@@ -374,6 +515,7 @@ def test_a_first_save_killed_is_no_sae(sae, tmp_path):
     with pytest.raises(FileNotFoundError):
         load_sae(tmp_path / "sae")
     assert same(load_sae(save_sae(sae, tmp_path / "sae")), sae)
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
 
 
 def test_a_moved_directory_loads(sae, tmp_path):
