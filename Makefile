@@ -25,7 +25,7 @@ lab: $(VENV)/ready
 # interrupted and started again it repeats no finished run; what finished is collected whether or not all did
 reference: $(NEEDS)
 	$(BIN)/python -m sae_utils.sweep sweeps/reference.toml --engine $(ENGINE); \
-	status=$$?; $(BIN)/python -m sae_utils.claims collect && exit $$status
+	status=$$?; $(BIN)/python -m sae_utils.lab.claims collect && exit $$status
 
 # the public libraries are measured beside ours where `make interop` has installed them
 bench: $(VENV)/ready

@@ -11,8 +11,7 @@ import torch
 from nbval.plugin import IPyNbCell
 from papermill.translators import PythonTranslator
 
-from sae_utils.runs import notebooks_dir
-from sae_utils.sweep import combinations, read_sweep
+from sae_utils.lab.parameters import combinations, notebooks_dir, read_sweep
 
 FAST = Path(__file__).parent / "tests" / "fast.toml"
 

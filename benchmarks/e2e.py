@@ -16,10 +16,11 @@ import time
 
 import torch
 
-from sae_utils import TopKSAE, load_language_model, training
-from sae_utils.end_to_end import Suffix
-from sae_utils.lm import run_spliced
-from sae_utils.losses import e2e_downstream_loss, e2e_loss, reconstruction_loss
+from sae_utils import TopKSAE, load_language_model
+from sae_utils.activations.hooks import run_spliced
+from sae_utils.training.end_to_end import Suffix, e2e_downstream_loss, e2e_loss
+from sae_utils.training.losses import reconstruction_loss
+from sae_utils.training.optimizer import Optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SETTINGS = {  # hook, d_sae, k, rows, n_ctx
@@ -33,7 +34,7 @@ def load(name: str):
         return load_language_model(name, device=DEVICE)
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-    from sae_utils.lm import model_path
+    from sae_utils.activations.model import model_path
 
     with tempfile.TemporaryDirectory() as path:
         torch.manual_seed(0)
@@ -75,7 +76,7 @@ def functions_for(name: str) -> dict:
         torch.manual_seed(0)
         sae = TopKSAE(x.shape[-1], d_sae, k=k).to(DEVICE).train()
         sae.initialise(x[:, 1:].flatten(0, 1))
-        optimizer, scale = training.Optimizer(sae, (0.9, 0.999)), sae.x_scale.item()
+        optimizer, scale = Optimizer(sae, (0.9, 0.999)), sae.x_scale.item()
 
         def step():
             suffix.kept = None  # a new batch every time
@@ -94,7 +95,7 @@ def functions_for(name: str) -> dict:
 
 
 def suffix_input(lm, tokens, hook):
-    from sae_utils.lm import run_prefix
+    from sae_utils.activations.hooks import run_prefix
 
     return run_prefix(lm, tokens, [hook])[hook]
 

@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from sae_utils import estimate, execute, sweep
-from sae_utils.data import builtin_documents
+from sae_utils.activations.corpus import builtin_documents
 from sae_utils.files import ASSETS, BUILTIN_MODEL
+from sae_utils.lab import estimate, parameters, sweep
 
 WITHIN = 0.2
 TEXT = 6_000_000  # characters; the probes of notebook 06 want 40 held-out tokens for each of 768 inputs
@@ -139,7 +139,7 @@ def smoke(directory: Path, wanted: list[str]) -> int:
         raise SystemExit(f"no notebook {', '.join(sorted(unknown))}: there are {', '.join(params_of)}")
     plan = [(name, params_of[name]) for name in wanted or params_of]
     os.environ |= {
-        execute.TIER: str(directory / "smoke.toml"),
+        parameters.TIER: str(directory / "smoke.toml"),
         "SAE_UTILS_OUTPUT": str(directory / "outputs"),
         "HF_HUB_OFFLINE": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**20),  # glibc gives back what is freed: the peak is then what was in use

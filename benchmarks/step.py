@@ -19,7 +19,10 @@ import warnings
 
 import torch
 
-from sae_utils import GatedSAE, ReluSAE, SAEOutput, TopKSAE, losses, sparse, training
+from sae_utils import GatedSAE, ReluSAE, SAEOutput, TopKSAE
+from sae_utils.sparse import select_encode as sparse
+from sae_utils.training import losses
+from sae_utils.training.optimizer import Optimizer
 
 warnings.filterwarnings("ignore")
 SIZES = ["512,8192,32,2048", "768,24576,32,4096", "128,1024,8,1024"]
@@ -39,7 +42,7 @@ def data(d_in: int, n: int, seed: int = 1234) -> torch.Tensor:
 def ours(sae, objective, x, bf16=False, dead=0.0, l0=0, certified=True):
     """One step of `train` on one SAE. dead: the share of latents that count as dead; l0: set the biases so that it begins there."""
     sae = sae.to(DEVICE).train()
-    optimizer = training.Optimizer(sae, (0.9, 0.999))
+    optimizer = Optimizer(sae, (0.9, 0.999))
     sae.initialise(x[0])
     scale, batches = sae.x_scale.item(), itertools.cycle(x)
     if dead:

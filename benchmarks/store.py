@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from sae_utils import ActivationStore, GatedSAE, TopKSAE, load_language_model, tokens, train
+from sae_utils.activations.hooks import run_prefix
 from sae_utils.files import ASSETS
-from sae_utils.lm import run_prefix
-from sae_utils.losses import gated_loss, reconstruction_loss
+from sae_utils.training.losses import gated_loss, reconstruction_loss
 
 HOOK = "blocks.3.hook_resid_pre"
 

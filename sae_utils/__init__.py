@@ -6,16 +6,22 @@ Names are imported when first used, so that `sae_utils.sweep` starts without tor
 import importlib
 
 _HOME = {
-    "sae": ["SAE", "SAEOutput", "TopKSAE", "GradientSAE", "ReluSAE", "GatedSAE", "JumpReluSAE", "to_jumprelu"],
-    "choice": ["MutualChoiceSAE", "FeatureChoiceSAE"],
-    "lm": ["load_language_model", "resolve_device"],
-    "data": ["tokens", "held_out"],
-    "activations": ["ActivationStore"],
-    "training": ["train"],
-    "metrics": ["evaluate"],
-    "store": ["save_sae", "load_sae"],
-    "runs": ["start_run"],
-    "execute": ["require"],
+    "saes.base": ["SAE", "SAEOutput"],
+    "saes.topk": ["TopKSAE"],
+    "saes.gradient": ["GradientSAE"],
+    "saes.relu": ["ReluSAE"],
+    "saes.gated": ["GatedSAE"],
+    "saes.jumprelu": ["JumpReluSAE", "to_jumprelu"],
+    "saes.choice": ["MutualChoiceSAE", "FeatureChoiceSAE"],
+    "saes.files": ["save_sae", "load_sae"],
+    "activations.model": ["load_language_model"],
+    "device": ["resolve_device"],
+    "activations.text": ["tokens", "held_out"],
+    "activations.store": ["ActivationStore"],
+    "training.loop": ["train"],
+    "analysis.metrics": ["evaluate"],
+    "lab.runs": ["start_run"],
+    "lab.execute": ["require"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

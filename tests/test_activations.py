@@ -9,9 +9,10 @@ import pytest
 import torch
 from helpers import exit_code, kill_me, killed, start_child
 
-from sae_utils import ActivationStore, activations, files, load_language_model
+from sae_utils import ActivationStore, files, load_language_model
+from sae_utils.activations import store as activations
+from sae_utils.activations.hooks import run_prefix
 from sae_utils.files import array_writer
-from sae_utils.lm import run_prefix
 
 PRE, MLP, Z = "blocks.2.hook_resid_pre", "blocks.0.hook_mlp_out", "blocks.1.attn.hook_z"
 

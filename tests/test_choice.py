@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from sae_utils import FeatureChoiceSAE, MutualChoiceSAE, TopKSAE, load_sae, save_sae, sparse, train
-from sae_utils.choice import feature_encode, mutual_encode, zipf, zipf_fit, zipf_quotas
-from sae_utils.losses import aux_zipf_loss, reconstruction_loss
+from sae_utils import FeatureChoiceSAE, MutualChoiceSAE, TopKSAE, load_sae, save_sae, train
+from sae_utils.saes.choice import zipf, zipf_fit, zipf_quotas
+from sae_utils.sparse import select_encode as sparse
+from sae_utils.sparse.choice import feature_encode, mutual_encode
+from sae_utils.training.losses import aux_zipf_loss, reconstruction_loss
 
 BOTH = [MutualChoiceSAE, FeatureChoiceSAE]
 

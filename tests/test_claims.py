@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sae_utils import claims, execute, runs, sweep
 from sae_utils.files import ASSETS, ROOT, read_json, write_json
-from sae_utils.papers import CLAIMS, KEYS, TUNED_ON, Claim, judge, read, summary, t_quantile, verdict
+from sae_utils.lab import claims, parameters, runs, sweep
+from sae_utils.lab.papers import CLAIMS, KEYS, TUNED_ON, Claim, judge, read, summary, t_quantile, verdict
 
 PAPERS = {"2404.16014", "2405.12241", "2411.10397", "2410.14670", "2411.02124"}
 CLAIM = Claim("0000.00000", "b is larger", "01_toy", "b - a", (">", 0), {"a": "a"}, {"only b": "b"})
@@ -92,7 +92,7 @@ def reference(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference" / "runs")
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "outputs"))
     monkeypatch.setenv("SAE_UTILS_NOTEBOOKS", str(tmp_path))
-    monkeypatch.delenv(execute.TIER, raising=False)
+    monkeypatch.delenv(parameters.TIER, raising=False)
     (tmp_path / "sweep.toml").write_text("")
     return tmp_path / "reference" / "runs"
 
@@ -255,7 +255,7 @@ def test_collecting_passes_over_stray_files(reference, tmp_path, monkeypatch):
 
 PARAMETERS = "seed: int = 0\noutput_dir: str = ''"
 CODE = """import os
-from sae_utils.runs import start_run
+from sae_utils.lab.runs import start_run
 run = start_run("02_toy", globals())
 open(run.dir.parents[1] / "log", "a").write(f"{seed}\\n")
 (run.dir / "figures").mkdir()
@@ -370,7 +370,7 @@ def test_readme_claims_and_manifests_agree():
         assert not shown, "the README shows claims, but outputs/reference/claims.json is not there"
         return
     rows = read_json(HOME / "claims.json")
-    assert shown == claims.section(rows), "run `python -m sae_utils.claims collect`"
+    assert shown == claims.section(rows), "run `python -m sae_utils.lab.claims collect`"
     assert (HOME / "claims.md").read_text() == claims.details(rows, claims.by_seed(claims.committed()))
     of_text = {(claim.paper, claim.claim): claim for claim in CLAIMS}
     for row in rows:

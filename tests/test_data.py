@@ -2,10 +2,10 @@ import bz2
 import gzip
 import hashlib
 import http.server
-import inspect
 import json
 import lzma
 import os
+import re
 import sysconfig
 import threading
 import time
@@ -21,9 +21,13 @@ import pytest
 from helpers import exit_code, kill_me, killed, start_child, word_tokenizer
 from tokenizers.normalizers import Replace
 
-from sae_utils import data, files, held_out, tokens
-from sae_utils.data import BUILTIN, MANIFEST, builtin_documents, corpus_hash, distinct, documents, left_out, split_of
-from sae_utils.runs import notebooks_dir, parameters_of
+from sae_utils import files, held_out, tokens
+from sae_utils.activations import corpus, sources
+from sae_utils.activations import text as text_module
+from sae_utils.activations.corpus import BUILTIN, MANIFEST, builtin_documents, left_out
+from sae_utils.activations.text import corpus_hash, distinct, documents, split_of
+from sae_utils.code import source_hashes
+from sae_utils.lab.parameters import notebooks_dir, parameters_of
 
 LETTERS = "a b c d e f g h i j k l m n o p q r s t u v w x y z".split()
 SPLITS = ("train", "validation", "test")
@@ -121,7 +125,7 @@ def test_n_tokens_takes_whole_rows_and_warns_of_fewer(words, tmp_path):
 def test_only_as_many_documents_are_read_as_needed(words, tmp_path, monkeypatch):
     read = []
     endless = (read.append(i) or "a b c" for i in range(10**9))
-    monkeypatch.setattr(data, "documents", lambda *_: endless)
+    monkeypatch.setattr(text_module, "documents", lambda *_: endless)
     path = tmp_path / "text.txt"
     path.write_text("a")
     assert tokens(str(path), words, 4, n_tokens=100).shape == (25, 4)
@@ -258,7 +262,9 @@ def test_the_same_texts_from_every_format(words, tmp_path):
     pq.write_table(pa.table({"n": [1, 2, 3], "text": texts}), tmp_path / "x.parquet")
     write_jsonl(tmp_path / "x.jsonl", texts)
     for name in ("x.parquet", "x.jsonl"):
-        assert list(data.read_local(tmp_path / name, "text")) == [(f"{name}:{i}", text) for i, text in enumerate(texts)]
+        assert list(sources.read_local(tmp_path / name, "text")) == [
+            (f"{name}:{i}", text) for i, text in enumerate(texts)
+        ]
     pq.write_table(pa.table({"text": ["a b c d e f g h i j"]}), tmp_path / "y.parquet")
     assert tokens(str(tmp_path / "y.parquet"), words, 4).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
 
@@ -271,7 +277,7 @@ def test_directory_mixes_formats_and_names_by_relative_path(tmp_path):
     (tmp_path / "d" / "notes.md").write_text("no")
     write_jsonl(tmp_path / "d" / "b.jsonl", ["four", "five"], field="body")
     (tmp_path / "d" / "b.jsonl").open("a").write("\n\n")
-    found = dict(data.read_local(tmp_path / "d", "body"))
+    found = dict(sources.read_local(tmp_path / "d", "body"))
     assert found == {"a.txt": "one\ntwo", "sub/a.txt": "three", "b.jsonl:0": "four", "b.jsonl:1": "five"}
 
 
@@ -291,7 +297,7 @@ def test_a_directory_says_what_it_does_not_read(words, tmp_path):
         (folder / name).write_text("no")
     (folder / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "gone.txt").symlink_to(folder / "nowhere")
-    found = dict(data.read_local(folder, "text"))
+    found = dict(sources.read_local(folder, "text"))
     assert sorted(found.values()) == sorted(f"{start} {letter}" for letter in LETTERS[:5] for start in ("a b", "c d"))
     for _ in range(2):
         with pytest.warns(
@@ -320,7 +326,7 @@ def test_a_file_whose_name_is_not_utf8_is_read_and_named(words, tmp_path):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_text("one", encoding="utf-8-sig")
     (tmp_path / "b.jsonl").write_text('\n{"text": "two"}', encoding="utf-8-sig")
-    assert [text for _, text in data.read_local(tmp_path, "text")] == ["one", "two"]
+    assert [text for _, text in sources.read_local(tmp_path, "text")] == ["one", "two"]
 
 
 def test_jsonl_lines_end_at_newlines_only(tmp_path):
@@ -330,7 +336,7 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path):
     content = path.read_bytes()
     for newline in (b"\n", b"\r\n", b"\r"):
         path.write_bytes(content.replace(b"\n", newline))
-        assert [t for _, t in data.read_local(path, "text")] == [text, "four"]
+        assert [t for _, t in sources.read_local(path, "text")] == [text, "four"]
 
 
 def test_text_field(words, tmp_path):
@@ -372,8 +378,8 @@ def as_hub(monkeypatch, sets):
         return LOAD_DATASET(**({"path": "json", "name": config} | sets[name]), streaming=options["streaming"])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(data, "find_on_hub", lambda *_: None)
-    monkeypatch.setattr(data, "offline", lambda: False)
+    monkeypatch.setattr(sources, "find_on_hub", lambda *_: None)
+    monkeypatch.setattr(sources, "offline", lambda: False)
 
 
 def all_texts(dataset, **options):
@@ -496,8 +502,8 @@ def test_the_hub_is_asked_for_seconds_only(answer, monkeypatch):
         port = 1 if answer == "refused" else server.server_port
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(data, "offline", lambda: False)
-        monkeypatch.setattr(data, "HUB_SECONDS", 0.3)
+        monkeypatch.setattr(sources, "offline", lambda: False)
+        monkeypatch.setattr(sources, "HUB_SECONDS", 0.3)
         start = time.monotonic()
         reason = "the hub gives no such data set" if answer == "404" else "the hub is not reached"
         with pytest.raises(FileNotFoundError, match=f"dataset='owner/nothing'.*{reason}"):
@@ -520,7 +526,7 @@ def text(tmp_path):
 
 def test_the_second_call_does_not_tokenise(words, text, monkeypatch):
     rows = tokens(text, words, 4)
-    monkeypatch.setattr(data, "token_stream", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(text_module, "token_stream", lambda *_: pytest.fail("tokenised again"))
     again = tokens(text, words, 4)
     assert again.filename == rows.filename and np.array_equal(rows, again)
 
@@ -553,24 +559,14 @@ def test_what_changes_the_rows_changes_the_cache(text):
 
 
 def test_rows_of_other_rules_are_made_anew(words, text, monkeypatch):
-    """All functions of the module that the rows depend on are in the hash."""
-    reached, new = set(), {"pack", "token_stream", "documents"}
-    while new:
-        reached |= new
-        codes = [inspect.unwrap(getattr(data, name)).__code__ for name in new]
-        for code in codes:
-            codes += [const for const in code.co_consts if inspect.iscode(const)]
-        names = {name for code in codes for name in code.co_names}
-        own = {name for name in names if getattr(getattr(data, name, None), "__module__", "") == data.__name__}
-        new = {name for name in own if inspect.isfunction(inspect.unwrap(getattr(data, name)))} - reached
-    messages = {"named", "similar", "find_on_hub", "report_left_out", "columns_of"}
-    outside = {"local_path", "site_packages", "manifest_lines"}
-    assert reached - set(data.RULES) == messages | outside
+    """Rows come from three modules, and from nothing else of the package that could change them."""
     before = tokens(text, words, 4).filename
-    monkeypatch.setattr(data, "BAD_SHARE", 0.5)
-    data.rules.cache_clear()
-    assert tokens(text, words, 4).filename != before
-    data.rules.cache_clear()
+    for module in ("text", "sources", "corpus"):
+        changed = source_hashes() | {f"activations/{module}.py": "other code"}
+        monkeypatch.setattr(text_module, "source_hashes", lambda changed=changed: changed)
+        assert tokens(text, words, 4).filename != before
+    monkeypatch.setattr(text_module, "source_hashes", lambda: source_hashes() | {"training/loop.py": "other code"})
+    assert tokens(text, words, 4).filename == before
 
 
 def test_a_file_moved_within_a_directory_is_another_corpus(tmp_path):
@@ -623,14 +619,14 @@ def test_a_failed_build_leaves_nothing(text, words, own_cache, monkeypatch):
         raise RuntimeError("the disk is on fire")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on fire"):
-        patch.setattr(data, "token_stream", broken)
+        patch.setattr(text_module, "token_stream", broken)
         tokens(text, words, 4)
     assert [p.suffix for p in own_cache.rglob("*") if p.is_file()] == [".lock"]
     assert tokens(text, words, 4).shape == (45, 4)
 
 
 def test_two_processes_build_one_cache_once(words, text, tmp_path):
-    real, log = data.token_stream, tmp_path / "log"
+    real, log = text_module.token_stream, tmp_path / "log"
 
     def slow(*args):
         with open(log, "a") as f:
@@ -639,7 +635,7 @@ def test_two_processes_build_one_cache_once(words, text, tmp_path):
         yield from real(*args)
 
     def work(out):
-        data.token_stream = slow  # in the child only
+        text_module.token_stream = slow  # in the child only
         np.save(out, tokens(text, words, 4))
 
     outs = [tmp_path / f"{i}.npy" for i in range(2)]
@@ -658,7 +654,7 @@ def test_a_kill_while_building_leaves_nothing_that_loads(moment, words, text, ow
                 path.write_bytes(b"half an array")
                 kill_me()
 
-            data.array_writer = half
+            text_module.array_writer = half
         else:
             files.os.replace = kill_me
         tokens(text, words, 4)
@@ -722,8 +718,8 @@ def test_bad_arguments(arguments, error, message, words, text, own_cache):
 def test_a_name_near_a_local_one_is_answered_at_once(words, tmp_path, monkeypatch):
     (tmp_path / "texts" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "offline", lambda: False)
-    monkeypatch.setattr(data, "find_on_hub", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(sources, "offline", lambda: False)
+    monkeypatch.setattr(sources, "find_on_hub", lambda *_: pytest.fail("the hub was asked"))
     for wrong in ("texs", "texs.TXT", f"{tmp_path}/texs"):
         with pytest.raises(FileNotFoundError, match="no such file or directory .did you mean 'texts'"):
             corpus_hash(wrong)
@@ -789,16 +785,18 @@ def test_nothing_to_read(words, tmp_path):
 
 
 def test_the_manifest_is_unique_and_whole_here():
-    lines = data.manifest_lines(MANIFEST)
+    lines = corpus.manifest_lines(MANIFEST)
     hashes, paths = zip(*lines, strict=True)
     assert len(set(hashes)) == len(set(paths)) == len(lines) > 5000
-    assert not [path for path in paths if data.NOT_SOURCE.search(path)]
-    assert left_out(MANIFEST, data.site_packages()) == []
+    assert not [
+        path for path in paths if re.search(r"(^|/)(tests?|_?vendor(ed)?)/|(^|/)(test_[^/]*|conftest)\.py$", path)
+    ]
+    assert left_out(MANIFEST, corpus.site_packages()) == []
 
 
 def test_splits_of_the_built_in_corpus():
     """Disjoint, all of it, about 90/5/5 in files and in bytes, and the same bytes twice."""
-    sizes = {path: (data.site_packages() / path).stat().st_size for _, path in data.manifest_lines(MANIFEST)}
+    sizes = {path: (corpus.site_packages() / path).stat().st_size for _, path in corpus.manifest_lines(MANIFEST)}
     of = {split: {path for path in sizes if split_of(path) == split} for split in SPLITS}
     assert set.union(*of.values()) == set(sizes) and sum(map(len, of.values())) == len(sizes)
     for split, share in zip(SPLITS, (0.9, 0.05, 0.05), strict=True):
@@ -824,8 +822,8 @@ def site(tmp_path, monkeypatch):
         (tmp_path / "site" / path).write_bytes(f'"""Module {i}."""\r\nx = {i}\n'.encode())
     lines = [f"{hashlib.sha256((tmp_path / 'site' / path).read_bytes()).hexdigest()}  {path}\n" for path in paths]
     (tmp_path / "manifest").write_text("".join(lines))
-    monkeypatch.setattr(data, "MANIFEST", tmp_path / "manifest")
-    monkeypatch.setattr(data, "site_packages", lambda: tmp_path / "site")
+    monkeypatch.setattr(corpus, "MANIFEST", tmp_path / "manifest")
+    monkeypatch.setattr(corpus, "site_packages", lambda: tmp_path / "site")
     return tmp_path / "site"
 
 
@@ -858,8 +856,8 @@ def built_in_tokenizer():
 
 def test_the_shipped_rows_are_those_of_the_packages(built_in_tokenizer, monkeypatch, tmp_path):
     shipped = held_out(BUILTIN, built_in_tokenizer, 256, 16_384)
-    assert Path(shipped.filename).parent == data.ROWS and not shipped.flags.writeable
-    monkeypatch.setattr(data, "ROWS", tmp_path)
+    assert Path(shipped.filename).parent == corpus.ROWS and not shipped.flags.writeable
+    monkeypatch.setattr(corpus, "ROWS", tmp_path)
     built = held_out(BUILTIN, built_in_tokenizer, 256, 16_384)
     assert Path(built.filename).read_bytes() == Path(shipped.filename).read_bytes()
 
@@ -873,11 +871,11 @@ def test_the_chapters_find_their_rows_whatever_is_installed(built_in_tokenizer, 
         asked |= {("train", parameters["n_tokens"], 16), *(("test", size, 16) for size in sizes)}
         if "validation" in path.read_text():
             asked |= {("validation", size, 16) for size in sizes}
-    assert asked <= set(data.SHIPPED) and len(list(data.ROWS.iterdir())) == len(data.SHIPPED)
-    monkeypatch.setattr(data, "site_packages", lambda: tmp_path)
+    assert asked <= set(text_module.SHIPPED) and len(list(corpus.ROWS.iterdir())) == len(text_module.SHIPPED)
+    monkeypatch.setattr(corpus, "site_packages", lambda: tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for split, n_tokens, spread in data.SHIPPED:
+        for split, n_tokens, spread in text_module.SHIPPED:
             rows = tokens(BUILTIN, built_in_tokenizer, 256, n_tokens, split, spread=spread)
             assert rows.shape == (n_tokens // 256, 256)
     with pytest.warns(UserWarning, match="files are missing"), pytest.raises(ValueError, match="holds 0 tokens"):
@@ -885,7 +883,7 @@ def test_the_chapters_find_their_rows_whatever_is_installed(built_in_tokenizer, 
 
 
 def test_the_corpus_is_that_of_this_interpreter():
-    assert data.site_packages() == Path(sysconfig.get_paths()["purelib"])
+    assert corpus.site_packages() == Path(sysconfig.get_paths()["purelib"])
 
 
 def test_a_text_that_spells_the_end_of_text_token_does_not_end_there(tmp_path, tokenizer):

@@ -7,20 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from sae_utils import ActivationStore, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE, end_to_end, load_language_model, train
-from sae_utils.end_to_end import Suffix
-from sae_utils.identity import training_parts
-from sae_utils.lm import run_prefix, run_spliced
-from sae_utils.losses import (
-    auxk_loss,
-    batch_fvu,
-    e2e_downstream_loss,
-    e2e_loss,
-    gated_loss,
-    jumprelu_loss,
-    l1_loss,
-    reconstruction_loss,
-)  # fmt: skip
+from sae_utils import ActivationStore, GatedSAE, JumpReluSAE, ReluSAE, TopKSAE, load_language_model, train
+from sae_utils.activations.hooks import run_prefix, run_spliced
+from sae_utils.training import end_to_end
+from sae_utils.training.end_to_end import Suffix, e2e_downstream_loss, e2e_loss
+from sae_utils.training.identity import training_parts
+from sae_utils.training.losses import auxk_loss, batch_fvu, gated_loss, jumprelu_loss, l1_loss, reconstruction_loss
 
 HOOK = "blocks.1.hook_resid_pre"
 ARCHITECTURES = [

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from sae_utils import estimate, execute, sweep
-from sae_utils.estimate import KNOWN, Model, Plan, model_of, sae_parameters
 from sae_utils.files import ROOT
+from sae_utils.lab import estimate, parameters, sweep
+from sae_utils.lab.estimate import KNOWN, Model, Plan, model_of, sae_parameters
 
 TINY = Model(n_layers=2, d_model=2, n_heads=1, n_ctx=4, d_vocab=3)
 PARAMETERS = {
@@ -25,7 +25,7 @@ PARAMETERS = {
 @pytest.fixture(autouse=True)
 def defaults(monkeypatch):
     """Parameters not named are the notebooks' own, not those of the tests' tier; a dry run's environment is taken back."""
-    monkeypatch.delenv(execute.TIER, raising=False)
+    monkeypatch.delenv(parameters.TIER, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
@@ -99,18 +99,18 @@ def test_evaluation_by_hand(plan):
 )
 def test_parameters_that_do_not_fit_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        execute.resolve("01_train_topk", change)
+        parameters.resolve("01_train_topk", change)
 
 
 def test_a_choice_batch_that_cannot_use_every_latent_is_refused():
     with pytest.raises(ValueError, match="batch_size=128: Feature Choice needs"):
-        execute.resolve("05_train_adaptive", {"batch_size": 128})
+        parameters.resolve("05_train_adaptive", {"batch_size": 128})
 
 
 def test_contexts_that_leave_no_room_for_what_is_generated_are_refused():
-    execute.resolve("07_steering", {"n_prompt": 244, "n_new": 12})
+    parameters.resolve("07_steering", {"n_prompt": 244, "n_new": 12})
     with pytest.raises(ValueError, match="n_prompt=245: beside n_new=12 the model's context has room for 244 tokens"):
-        execute.resolve("07_steering", {"n_prompt": 245, "n_new": 12})
+        parameters.resolve("07_steering", {"n_prompt": 245, "n_new": 12})
 
 
 def dry_run(capsys, path, *more):
@@ -131,7 +131,7 @@ def test_the_sweep_for_gpt2_is_estimated_without_the_hub(capsys, monkeypatch):
 
 
 def test_the_total_counts_a_shared_store_once():
-    runs = [("01_train_topk", execute.resolve("01_train_topk", {"lr": lr})) for lr in (0.1, 0.2)]
+    runs = [("01_train_topk", parameters.resolve("01_train_topk", {"lr": lr})) for lr in (0.1, 0.2)]
     (*rows, total), _ = estimate.table(runs, 1, 1)
     one = estimate.estimate(*runs[0])
     assert [row[0] for row in rows] == ["01_train_topk lr=0.1", "01_train_topk lr=0.2"]
@@ -148,9 +148,9 @@ def test_a_mistake_in_a_sweep_is_one_line(capsys, tmp_path):
 
 
 def test_hours_are_measured_where_no_throughput_is_given():
-    rows, basis = estimate.table([("01_train_topk", execute.resolve("01_train_topk", {}))])
+    rows, basis = estimate.table([("01_train_topk", parameters.resolve("01_train_topk", {}))])
     assert len(rows) == 2 and "measured on this CPU" in basis
-    _, basis = estimate.table([("01_train_topk", execute.resolve("01_train_topk", {}))], 1)
+    _, basis = estimate.table([("01_train_topk", parameters.resolve("01_train_topk", {}))], 1)
     assert basis.startswith("hours at 1 TFLOP/s") and "bandwidth guessed" in basis
     assert estimate.table([("no_such", {})]) == ([], "")
 
@@ -158,22 +158,22 @@ def test_hours_are_measured_where_no_throughput_is_given():
 @pytest.mark.parametrize("speed", [(-1, 0), (1, -3), (float("nan"), 1), (1, float("inf"))])
 def test_a_speed_that_is_none_is_refused(speed):
     with pytest.raises(ValueError, match="have to be above 0"):
-        estimate.table([("01_train_topk", execute.resolve("01_train_topk", {}))], *speed)
+        estimate.table([("01_train_topk", parameters.resolve("01_train_topk", {}))], *speed)
 
 
 def test_a_model_that_is_not_known_is_said():
     rows, _ = estimate.table(
-        [("01_train_topk", execute.resolve("01_train_topk", {"model": "someone/unheard-of"}))], 1, 1
+        [("01_train_topk", parameters.resolve("01_train_topk", {"model": "someone/unheard-of"}))], 1, 1
     )
     assert rows[0][1:] == ("unknown",) * 5
 
 
 def test_every_notebook_has_an_estimate_and_none_needs_torch():
     code = (
-        "import sys; from sae_utils import estimate, execute, runs\n"
-        "names = [path.stem for path in sorted(runs.notebooks_dir().glob('*.ipynb'))]\n"
+        "import sys; from sae_utils.lab import estimate, parameters\n"
+        "names = [path.stem for path in sorted(parameters.notebooks_dir().glob('*.ipynb'))]\n"
         "assert list(estimate.PLANS) == names, names\n"
-        "made = [estimate.estimate(name, execute.resolve(name, {}), 1024) for name in names]\n"
+        "made = [estimate.estimate(name, parameters.resolve(name, {}), 1024) for name in names]\n"
         "assert all(plan.memory() > 0 and plan.flop >= 0 for plan in made)\n"
         "assert 'torch' not in sys.modules"
     )

@@ -1,7 +1,6 @@
 """Code hashed by its meaning; files replaced whole, arrays with checksums, and disks that are full."""
 
 import errno
-import functools
 import os
 import random
 import re
@@ -16,8 +15,10 @@ from helpers import exit_code, kill_me, killed, start_child, word_tokenizer
 from PIL import Image
 
 from sae_utils import ActivationStore, TopKSAE, files, load_sae, save_sae, tokens, train
-from sae_utils.files import array_writer, build_once, code_hash, meaning, open_array, read_json, replacing, write_json
-from sae_utils.training import Optimizer, load_checkpoint, save_checkpoint
+from sae_utils.code import code_hash, meaning
+from sae_utils.files import array_writer, build_once, open_array, read_json, replacing, write_json
+from sae_utils.training.checkpoint import load_checkpoint, save_checkpoint
+from sae_utils.training.optimizer import Optimizer
 
 FUNCTION = '''
 def f(x, n=2):
@@ -144,7 +145,7 @@ def test_kills_at_any_moment(tmp_path):
 
     def save_all():
         save_sae(sae, sae_dir)
-        save_checkpoint(checkpoint, {"": (sae, None)}, {"": Optimizer(sae, (0.9, 0.999))}, "", 1, [])
+        save_checkpoint(checkpoint, {"": (sae, None)}, {"": Optimizer(sae, (0.9, 0.999))}, {"lr": "1"}, 1, [])
         with replacing(png) as new:
             figure.savefig(new, format="png", dpi=20)
         npy.unlink(missing_ok=True)
@@ -162,7 +163,7 @@ def test_kills_at_any_moment(tmp_path):
         child.kill()
         child.join()
         assert load_sae(sae_dir).k == 2
-        load_checkpoint(checkpoint, {"": (sae, None)}, {"": Optimizer(sae, (0.9, 0.999))}, "")
+        load_checkpoint(checkpoint, {"": (sae, None)}, {"": Optimizer(sae, (0.9, 0.999))}, {"lr": "1"})
         Image.open(png).load()
         assert np.array_equal(open_array(build_once(npy, build)), rows)
     save_all()
@@ -234,15 +235,20 @@ def test_an_array_is_written_where_space_cannot_be_reserved(system, tmp_path, mo
 
 def test_every_damage_of_a_checkpoint_is_refused_by_path(tmp_path):
     path = tmp_path / "checkpoint"
-    resume = functools.partial(train, batches=[torch.randn(8, 4)], n_steps=2, checkpoint=path, progress=False)
-    resume(TopKSAE(4, 8, k=2))
+    x = torch.randn(8, 4)
+
+    def resume():
+        torch.manual_seed(0)
+        return train(TopKSAE(4, 8, k=2), [x], n_steps=2, checkpoint=path, progress=False)
+
+    resume()
     content = path.read_bytes()
     for at in range(0, len(content), 97):
         path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(ValueError, match=f"{path} is not a whole checkpoint.*delete it to train from the start"):
-            resume(TopKSAE(4, 8, k=2))
+            resume()
     path.write_bytes(content)
-    assert len(resume(TopKSAE(4, 8, k=2))) == 2
+    assert len(resume()) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from sae_utils import GatedSAE, JumpReluSAE, ReluSAE, load_sae, save_sae, sparse, to_jumprelu, train
-from sae_utils.losses import batch_fvu, gated_loss, jumprelu_loss, l1_loss
-from sae_utils.sae import step
+from sae_utils import GatedSAE, JumpReluSAE, ReluSAE, load_sae, save_sae, to_jumprelu, train
+from sae_utils.saes.jumprelu import step
+from sae_utils.sparse import select_encode as sparse
+from sae_utils.training.losses import batch_fvu, gated_loss, jumprelu_loss, l1_loss
 
 
 @pytest.fixture(params=[0.0, 2.0], ids=["dense", "sparse"], autouse=True)
@@ -188,7 +189,7 @@ def planted(generator):
 
 def test_l1_shrinks_and_the_gate_does_not():
     """At about equal sparsity on a planted dictionary: γ well below 1 for ReLU, near 1 for Gated."""
-    from sae_utils.metrics import ReconstructionSums
+    from sae_utils.analysis.metrics import ReconstructionSums
 
     gammas, l0 = {}, {}
     for name, cls, loss in (

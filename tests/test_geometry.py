@@ -7,8 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from sae_utils import TopKSAE, geometry
-from sae_utils.geometry import assignment, bootstrap, directions, matching, max_cosine, max_cosine_within, pca_map
+from sae_utils import TopKSAE
+from sae_utils.analysis import geometry
+from sae_utils.analysis.geometry import (
+    assignment,
+    bootstrap,
+    directions,
+    matching,
+    max_cosine,
+    max_cosine_within,
+    pca_map,
+)
 
 
 def at(*degrees):

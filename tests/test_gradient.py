@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sae_utils import ActivationStore, GradientSAE, TopKSAE, load_sae, save_sae
-from sae_utils.lm import run_spliced, run_with_gradient, token_loss
-from sae_utils.losses import attribution_loss, gradient_weighted_loss
+from sae_utils.activations.hooks import run_spliced, run_with_gradient, token_loss
+from sae_utils.training.losses import attribution_loss, gradient_weighted_loss
 
 HOOK, LATER = "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"
 
@@ -50,7 +50,7 @@ def test_selection_is_that_of_the_dense_form(made, scale):
 def test_small_steps_of_the_workspace_change_nothing(made, monkeypatch):
     sae, x, g = made
     whole = sae.eval()(x, g).latents
-    monkeypatch.setattr("sae_utils.sparse.WORKSPACE", 7 * 200)
+    monkeypatch.setattr("sae_utils.sparse.select_encode.WORKSPACE", 7 * 200)
     assert torch.allclose(sae(x, g).latents, whole)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sae_utils import TopKSAE, train, training
-from sae_utils.files import source_hashes
-from sae_utils.losses import reconstruction_loss
+from sae_utils import TopKSAE, train
+from sae_utils.code import source_hashes
+from sae_utils.training import checkpoint
+from sae_utils.training.losses import reconstruction_loss
 
 SCALE = 1.0
 
@@ -114,7 +115,7 @@ def test_an_sae_trained_in_the_meantime_is_another_one(tmp_path):
 SCRIPT = """
 import sys, torch
 from sae_utils import TopKSAE, train
-from sae_utils.losses import reconstruction_loss
+from sae_utils.training.losses import reconstruction_loss
 {comment}
 class Mine(TopKSAE):
     def select(self, rows, grad):
@@ -172,11 +173,11 @@ def test_a_value_without_a_stable_hash_refuses_checkpoints_by_its_name(tmp_path)
         run(new(), data(), functools.partial(by_object, thing=Said(3)), checkpoint=tmp_path / "training")
 
 
-@pytest.mark.parametrize("file, anew", [("claims.py", False), ("sae.py", True)])
+@pytest.mark.parametrize("file, anew", [("lab/claims.py", False), ("saes/base.py", True)])
 def test_only_sources_that_train_make_a_checkpoint_stale(file, anew, tmp_path, monkeypatch, recwarn):
     run(new(), data(), checkpoint=tmp_path / "training")
     assert file in source_hashes()
-    monkeypatch.setattr(training, "source_hashes", lambda: source_hashes() | {file: "edited"})
+    monkeypatch.setattr(checkpoint, "source_hashes", lambda: source_hashes() | {file: "edited"})
     run(new(), data(), checkpoint=tmp_path / "training")
     assert any("made by other sae_utils sources" in str(w.message) for w in recwarn) == anew
 

@@ -12,8 +12,8 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
-from sae_utils import runs
 from sae_utils.files import ROOT
+from sae_utils.lab import parameters
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RANGES = list(map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]))
@@ -23,7 +23,7 @@ PINS = {
 
 
 def guard() -> str:
-    (source,) = {next(s for _, s in runs.code_cells(path) if "find_spec" in s) for path in NOTEBOOKS}
+    (source,) = {next(s for _, s in parameters.code_cells(path) if "find_spec" in s) for path in NOTEBOOKS}
     return source  # all notebooks have the same
 
 

@@ -27,7 +27,7 @@ def normal(*shape, device, dtype=torch.float32, seed=0):
 
 
 def check_selection(z, k):
-    from sae_utils import kernels
+    from sae_utils.sparse import kernels
 
     values, indices = kernels.select(z, k)
     assert values.dtype == z.dtype and indices.dtype == torch.int64 and values.shape == indices.shape == (len(z), k)
@@ -70,7 +70,7 @@ def selection_with_ties(device):
 
 @case
 def selection_of_infinities_and_nan(device):
-    from sae_utils import kernels
+    from sae_utils.sparse import kernels
 
     z = normal(4, 90, device=device)
     z[0] = -torch.inf
@@ -86,7 +86,7 @@ def selection_of_infinities_and_nan(device):
 
 @case
 def selection_from_views_and_into_buffers(device):
-    from sae_utils import kernels
+    from sae_utils.sparse import kernels
 
     z = normal(6, 403, device=device)
     for view in (z[:, 3:301], z[1::2], z[:, ::2], z[:, :8].T, z[:0]):
@@ -99,7 +99,7 @@ def selection_from_views_and_into_buffers(device):
 
 @case
 def what_cannot_be_selected_is_refused(device):
-    from sae_utils import kernels
+    from sae_utils.sparse import kernels
 
     for k in (0, 9):
         with pytest.raises(ValueError, match=f"k = {k}: a row has 8 values.*1 ≤ k ≤ 8"):
@@ -117,7 +117,7 @@ def entries(sizes, m, device, seed=0):
 
 def check_bags(sizes, rows, longest=None):
     """bag_sum against embedding_bag in float64, and bag_dot against its gradient's closed form."""
-    from sae_utils import kernels
+    from sae_utils.sparse import kernels
 
     values, indices, offsets = entries(sizes, len(rows), rows.device)
     exact = embedding_bag(
@@ -152,7 +152,7 @@ def empty_bags_and_no_bags(device):
 
 @case
 def bags_longer_than_one_program_takes(device):
-    from sae_utils import kernels
+    from sae_utils.sparse import kernels
 
     rows, whole, kernels.LONGEST = normal(20, 24, device=device), kernels.LONGEST, 8
     try:
@@ -175,7 +175,7 @@ def bags_of_rows_that_are_not_contiguous(device):
 @case
 def both_gradients_of_a_decoder(device):
     """x_hat = F W: a latent that fires on every token, and one that never does; gradients by autograd of the dense form."""
-    from sae_utils import kernels
+    from sae_utils.sparse import kernels
 
     batch, k, d, d_sae = 30, 3, 20, 12
     indices = torch.stack([torch.cat([torch.zeros(1), torch.randperm(d_sae - 2)[: k - 1] + 1]) for _ in range(batch)])
@@ -219,7 +219,7 @@ def test_on_a_gpu(name):
 
 @pytest.mark.cuda
 def test_tensors_of_more_than_2_to_the_31_elements_on_a_gpu():
-    from sae_utils import kernels
+    from sae_utils.sparse import kernels
 
     W = torch.zeros(2**20 + 8, 2**11, dtype=torch.bfloat16, device="cuda")  # 4.3 GB
     W[-1] = 2
@@ -234,7 +234,7 @@ def test_tensors_of_more_than_2_to_the_31_elements_on_a_gpu():
 
 def launches(monkeypatch, kernel_names, call):
     """(kernel, its arguments by name, num_warps) of each launch that `call` makes; nothing is run."""
-    from sae_utils import kernels
+    from sae_utils.sparse import kernels
 
     seen = []
 

@@ -11,12 +11,21 @@ import torch
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
-from sae_utils import ActivationStore, TopKSAE, evaluate, files, load_language_model, resolve_device
-from sae_utils.end_to_end import Suffix
-from sae_utils.files import file_hash, model_hash, write_sums
-from sae_utils.lm import bits_per_byte, check_hook, run_prefix, run_spliced, run_with_gradient, token_loss
-from sae_utils.metrics import evaluate_downstream
-from sae_utils.steering import Add, direct_logits, effects, generate
+from sae_utils import ActivationStore, TopKSAE, evaluate, load_language_model, resolve_device
+from sae_utils.activations import model_files
+from sae_utils.activations.hooks import (
+    bits_per_byte,
+    check_hook,
+    run_prefix,
+    run_spliced,
+    run_with_gradient,
+    token_loss,
+)
+from sae_utils.activations.model_files import model_hash, write_sums
+from sae_utils.analysis.metrics import evaluate_downstream
+from sae_utils.analysis.steering import Add, direct_logits, effects, generate
+from sae_utils.files import file_hash
+from sae_utils.training.end_to_end import Suffix
 
 KINDS = ("hook_resid_pre", "hook_resid_post", "hook_mlp_out", "hook_attn_out", "attn.hook_z")
 HOOKS = [f"blocks.{layer}.{kind}" for layer in range(3) for kind in KINDS]
@@ -763,8 +772,8 @@ def test_damaged_files_are_named(directory, kind, message):
 
 
 def test_the_built_in_model_is_verified(tmp_path, monkeypatch):
-    shutil.copytree(files.ASSETS / "python-lm", tmp_path / "python-lm")
-    monkeypatch.setattr(files, "ASSETS", tmp_path)
+    shutil.copytree(model_files.ASSETS / "python-lm", tmp_path / "python-lm")
+    monkeypatch.setattr(model_files, "ASSETS", tmp_path)
     weights = tmp_path / "python-lm/model.safetensors"
     raw = bytearray(weights.read_bytes())
     raw[len(raw) // 2] ^= 1
@@ -806,7 +815,7 @@ def test_weights_that_config_has_no_place_for_are_said(directory):
 def test_a_directory_without_config(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_language_model(str(tmp_path))
-    monkeypatch.setattr(files, "ASSETS", tmp_path)
+    monkeypatch.setattr(model_files, "ASSETS", tmp_path)
     with pytest.raises(FileNotFoundError, match="model='python-lm': no config.json"):
         load_language_model("python-lm")
 

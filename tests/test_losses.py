@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_utils import TopKSAE
-from sae_utils.losses import auxk_loss, batch_fvu, reconstruction_loss
+from sae_utils.training.losses import auxk_loss, batch_fvu, reconstruction_loss
 
 
 def test_batch_fvu_by_hand():

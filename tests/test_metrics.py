@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from sae_utils import FeatureChoiceSAE, TopKSAE, evaluate
-from sae_utils.lm import run_prefix
-from sae_utils.metrics import ReconstructionSums, alive_latents, ce_recovered, evaluate_downstream, kl_divergence
-from sae_utils.pursuit import with_pursuit
-from sae_utils.sae import SAEOutput, typical
+from sae_utils.activations.hooks import run_prefix
+from sae_utils.analysis.metrics import (
+    ReconstructionSums,
+    alive_latents,
+    ce_recovered,
+    evaluate_downstream,
+    kl_divergence,
+)
+from sae_utils.analysis.pursuit import with_pursuit
+from sae_utils.saes.base import SAEOutput, typical
 
 
 def sums(x, x_hat, latents=None, chunk=None):
@@ -87,7 +93,7 @@ def constant(vector):
 
 def test_evaluate_at_its_fixed_points(tiny_gpt2, rows):
     """Identity recovers all, zero and mean recover nothing, and the mean's FVU is 1."""
-    from sae_utils.lm import run_prefix, token_loss
+    from sae_utils.activations.hooks import run_prefix, token_loss
 
     x = run_prefix(tiny_gpt2, torch.from_numpy(rows.astype("int64")), [HOOK])[HOOK]
     identity = lambda x: SAEOutput(x, dense=torch.ones(x.shape[:-1].numel(), 3))  # noqa: E731
@@ -131,7 +137,7 @@ def test_one_sae_several_and_densities(tiny_gpt2, rows):
 
 def test_downstream_error_and_norm_ratios_at_their_fixed_points(tiny_gpt2, rows):
     """x itself has no error anywhere; the mean has FVU 1 at the hook; half of x has a quarter of its square and norm ratio ½."""
-    from sae_utils.lm import run_prefix
+    from sae_utils.activations.hooks import run_prefix
 
     tokens = torch.from_numpy(rows.astype("int64"))
     x = run_prefix(tiny_gpt2, tokens, [HOOK])[HOOK]
@@ -158,7 +164,7 @@ def test_downstream_error_and_norm_ratios_at_their_fixed_points(tiny_gpt2, rows)
 
 def test_downstream_error_against_hugging_face_by_hand(tiny_gpt2, rows):
     """At the later layer: run the second layer ourselves on x and on the zeros that an SAE of nothing gives."""
-    from sae_utils.lm import run_prefix
+    from sae_utils.activations.hooks import run_prefix
 
     tokens = torch.from_numpy(rows.astype("int64"))
     x = run_prefix(tiny_gpt2, tokens, [HOOK])[HOOK]

@@ -11,8 +11,8 @@ import nbformat
 import papermill
 import pytest
 
-from sae_utils import execute, runs, sweep
 from sae_utils.files import ROOT
+from sae_utils.lab import execute, parameters, sweep
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FAST = ROOT / "tests" / "fast.toml"
@@ -40,20 +40,20 @@ def run_pytest(*args, cwd):
 
 @each_notebook
 def test_fast_parameters_are_declared_with_the_same_type_and_mean_one_run(path):
-    assert len(execute.combinations(execute.read_sweep(FAST), path.stem)) == 1
+    assert len(parameters.combinations(parameters.read_sweep(FAST), path.stem)) == 1
 
 
 @each_notebook
 def test_parameters_are_few_complete_and_read_alike_by_papermill(path):
-    parameters = runs.parameters_of(path)
-    assert len(parameters) <= 17
-    assert ALWAYS <= set(parameters), f"missing: {ALWAYS - set(parameters)}"
-    assert list(parameters) == list(papermill.inspect_notebook(path)), "papermill is confused by an = in a comment"
+    found = parameters.parameters_of(path)
+    assert len(found) <= 17
+    assert ALWAYS <= set(found), f"missing: {ALWAYS - set(found)}"
+    assert list(found) == list(papermill.inspect_notebook(path)), "papermill is confused by an = in a comment"
 
 
 @each_notebook
 def test_a_notebook_starts_and_finishes_its_run_and_hides_no_failure(path):
-    cells = runs.code_cells(path)
+    cells = parameters.code_cells(path)
     assert f'run = start_run("{path.stem}", globals())' in "\n".join(source for _, source in cells)
     assert "run.finish(" in "\n".join(source for _, source in cells)
     assert not [tags for tags, _ in cells if {"raises-exception", "nbval-raises-exception", "nbval-skip"} & set(tags)]
@@ -65,7 +65,7 @@ def test_every_sweep_file_is_valid(path):
 
 
 def test_executed_again_a_run_gives_equal_outputs(tmp_path, monkeypatch):
-    monkeypatch.setenv(execute.TIER, str(FAST))
+    monkeypatch.setenv(parameters.TIER, str(FAST))
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))
     executed = execute.run("01_train_topk").dir / "notebook.ipynb"
     check_strictly(executed, tmp_path)
@@ -89,11 +89,11 @@ def toy(tmp_path, monkeypatch):
     """`toy(name, *code)` writes a notebook whose parameters are `k = 8` and `output_dir`, and a tier with k = 2."""
     monkeypatch.setenv("SAE_UTILS_NOTEBOOKS", str(tmp_path))
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))
-    monkeypatch.setenv(execute.TIER, str(tmp_path / "fast.toml"))
+    monkeypatch.setenv(parameters.TIER, str(tmp_path / "fast.toml"))
     (tmp_path / "fast.toml").write_text("[shared]\nk = 2\n")
 
     def write(name, *code):
-        start = f"from sae_utils.runs import start_run\nrun = start_run('{name}', globals())"
+        start = f"from sae_utils.lab.runs import start_run\nrun = start_run('{name}', globals())"
         cells = [nbformat.v4.new_code_cell(source) for source in ("k = 8\noutput_dir = ''", start, *code)]
         cells[0].metadata["tags"] = ["parameters"]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")

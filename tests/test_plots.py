@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sae_utils import runs
 from sae_utils.files import ROOT, read_json
-from sae_utils.plots import AS_IT_IS, highlighted, show_contexts, show_table
+from sae_utils.lab import parameters
+from sae_utils.show.plots import AS_IT_IS, highlighted, show_contexts, show_table
 
 matplotlib.use("agg")
 HOSTILE = [
@@ -95,7 +95,7 @@ def test_a_table_is_shaded_and_leaves_empty_what_is_missing():
 def test_notebooks_make_html_by_these_helpers_alone(path):
     """In cells and in the solutions of exercises. The one Markdown is the table of claims, which holds no text of tokens."""
     folded = ["".join(cell["source"]) for cell in read_json(path)["cells"] if cell["cell_type"] == "markdown"]
-    sources = [source for _, source in runs.code_cells(path)]
+    sources = [source for _, source in parameters.code_cells(path)]
     sources += [code for text in folded for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
     for source in sources:
         tree = ast.parse(source.replace("\n%", "\n# %"))

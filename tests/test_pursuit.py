@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from sae_utils import GatedSAE
-from sae_utils.pursuit import gradient_pursuit, with_pursuit
+from sae_utils.analysis.pursuit import gradient_pursuit, with_pursuit
 
 METHODS = ["gradient", "orthogonal"]
 

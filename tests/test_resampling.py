@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sae_utils import GatedSAE, ReluSAE, train
-from sae_utils.losses import gated_loss, jumprelu_loss, l1_loss
-from sae_utils.training import Optimizer, on_coefficient, recovery, resample_dead
+from sae_utils.training.loop import on_coefficient, recovery
+from sae_utils.training.losses import gated_loss, jumprelu_loss, l1_loss
+from sae_utils.training.optimizer import Optimizer, resample_dead
 
 CASES = {
     "relu": (ReluSAE, functools.partial(l1_loss, coefficient=0.2)),

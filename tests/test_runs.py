@@ -4,15 +4,18 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import papermill
 import pytest
 
-from sae_utils import runs
-from sae_utils.files import ROOT, digest, file_hash, model_hash, write_json
-from sae_utils.runs import Parameter, find_run, notebook_path, parameters_of, plain, run_id, start_run
+from sae_utils.activations.model_files import model_hash
+from sae_utils.files import PACKAGE, ROOT, digest, file_hash, write_json
+from sae_utils.lab import parameters, runs
+from sae_utils.lab.parameters import Parameter, notebook_path, parameters_of
+from sae_utils.lab.runs import find_run, plain, run_id, start_run
 
 PARAMETERS = """
 # Comments and annotations are as in a real notebook.
@@ -133,9 +136,13 @@ def test_a_run_from_start_to_finish(notebook, tmp_path):
     assert manifest["finished"] and manifest["seed"] == 3 and manifest["wall_seconds"] >= 0
     assert manifest["versions"]["numpy"] == np.__version__ and manifest["versions"]["torch"]
     assert (
-        {"runs.py", "files.py"}
+        {"lab/runs.py", "lab/__init__.py", "files.py"}
         <= set(manifest["sources"])
-        == {f"{name.removeprefix('sae_utils.')}.py" for name in sys.modules if name.startswith("sae_utils.")}
+        == {
+            Path(module.__file__).relative_to(PACKAGE).as_posix()
+            for name, module in sys.modules.items()
+            if name.startswith("sae_utils.")
+        }
     )
     assert set(manifest) >= {"git_commit", "git_dirty", "device", "corpus_hash", "model_hash", "requires"}
 
@@ -177,7 +184,7 @@ def test_numbers_of_numpy_are_numbers(notebook):
 
 def test_no_hook_of_a_model_is_refused_by_its_form(tiny_gpt2, tiny_neox, tiny_llama):
     for lm in (tiny_gpt2, tiny_neox, tiny_llama):
-        assert [runs.hook_form("hook_name", name) for name in lm.hook_dict] == list(lm.hook_dict)
+        assert [parameters.hook_form("hook_name", name) for name in lm.hook_dict] == list(lm.hook_dict)
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", "", "a\0", None])
@@ -192,10 +199,12 @@ def test_names_of_what_a_run_saves_do_not_lead_out_of_it(notebook, name):
 
 def test_a_shape_is_read_from_local_models_only(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3, "vocab_size": "many"}))
-    assert runs.config_of(str(tmp_path)) == {"n_layers": 3} and runs.config_of("gpt2") == {} == runs.config_of("a\0")
+    assert parameters.config_of(str(tmp_path)) == {"n_layers": 3} and parameters.config_of(
+        "gpt2"
+    ) == {} == parameters.config_of("a\0")
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="config.json holds no JSON object"):
-        runs.config_of(str(tmp_path))
+        parameters.config_of(str(tmp_path))
 
 
 def test_only_the_unfinished_run_of_the_same_sources_keeps_its_checkpoints(notebook):
@@ -209,7 +218,7 @@ def test_only_the_unfinished_run_of_the_same_sources_keeps_its_checkpoints(noteb
 
 def test_a_second_kernel_in_the_same_run_is_refused(notebook, monkeypatch):
     path = notebook()
-    start = f"from sae_utils.runs import start_run; run = start_run('01_toy', {defaults(path)})"
+    start = f"from sae_utils.lab.runs import start_run; run = start_run('01_toy', {defaults(path)})"
     other = [sys.executable, "-c", f"{start}; print('started', flush=True); input(); run.finish({{}})"]
     with subprocess.Popen(other, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as kernel:
         assert kernel.stdout.readline() == "started\n"
@@ -236,12 +245,12 @@ def test_a_run_is_stale_if_its_sources_or_those_of_a_required_run_or_its_noteboo
     manifest = json.loads((run.dir / "manifest.json").read_text())
     write_json(run.dir / "manifest.json", manifest | {"requires": {"../../x/1": {"sources": {}, "code": "c"}}})
     assert "required ../../x/1, whose notebook has changed" in find_run("02_toy", params).stale()
-    manifest["requires"][f"01_toy/{required.id}"]["sources"] = {"runs.py": "other"}
+    manifest["requires"][f"01_toy/{required.id}"]["sources"] = {"lab/runs.py": "other"}
     write_json(run.dir / "manifest.json", manifest)
-    required_stale = f"required 01_toy/{required.id}, which other sae_utils sources made (runs.py)"
+    required_stale = f"required 01_toy/{required.id}, which other sae_utils sources made (lab/runs.py)"
     assert find_run("02_toy", params).stale() == required_stale
-    write_json(run.dir / "manifest.json", manifest | {"sources": {"runs.py": "other", "gone.py": "any"}})
-    assert find_run("02_toy", params).stale() == "made by other sae_utils sources (gone.py, runs.py)"
+    write_json(run.dir / "manifest.json", manifest | {"sources": {"lab/runs.py": "other", "gone.py": "any"}})
+    assert find_run("02_toy", params).stale() == "made by other sae_utils sources (gone.py, lab/runs.py)"
 
 
 def test_reference_runs_count_where_no_saes_are_needed(notebook, tmp_path):
@@ -257,12 +266,12 @@ def test_reference_runs_count_where_no_saes_are_needed(notebook, tmp_path):
 
 def test_torch_is_not_imported_but_seeded_if_the_notebook_has_it(notebook):
     path = notebook()
-    start = f"from sae_utils.runs import start_run; run = start_run('01_toy', {defaults(path)}); "
+    start = f"from sae_utils.lab.runs import start_run; run = start_run('01_toy', {defaults(path)}); "
 
     def python(code):
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
-    bare = python(f"import sys, sae_utils.sweep; {start} run.finish({{}}); print('torch' in sys.modules)")
+    bare = python(f"import sys, sae_utils.lab.sweep; {start} run.finish({{}}); print('torch' in sys.modules)")
     assert bare.stdout == "False\n", bare.stderr
     seeded = python(f"import torch; {start} print(torch.initial_seed())")
     assert seeded.stdout == "0\n", seeded.stderr

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from sae_utils import sparse
-from sae_utils.sparse import (
+from sae_utils.sparse import select_encode as sparse
+from sae_utils.sparse.select_encode import (
     Active,
     certified,
     densify,

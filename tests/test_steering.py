@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from sae_utils import TopKSAE
-from sae_utils.lm import run_spliced
-from sae_utils.metrics import kl_divergence
-from sae_utils.steering import (
+from sae_utils.activations.hooks import run_spliced
+from sae_utils.analysis.metrics import kl_divergence
+from sae_utils.analysis.steering import (
     CONCEPTS,
     Add,
     SetLatent,

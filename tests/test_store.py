@@ -10,7 +10,8 @@ import torch
 from helpers import kill_me, killed, start_child
 from safetensors.torch import load_file, save_file
 
-from sae_utils import TopKSAE, files, load_sae, save_sae, store
+from sae_utils import TopKSAE, files, load_sae, save_sae
+from sae_utils.saes import files as store
 
 
 @pytest.fixture

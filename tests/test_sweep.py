@@ -13,9 +13,9 @@ import time
 import nbformat
 import pytest
 
-from sae_utils import execute, runs, sweep
 from sae_utils.files import ROOT, write_json
-from sae_utils.runs import find_run, start_run
+from sae_utils.lab import execute, parameters, runs, sweep
+from sae_utils.lab.runs import find_run, start_run
 
 PARAMETERS = """k: int = 8
 rate: float = 1e-3
@@ -34,12 +34,12 @@ def notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
     monkeypatch.setattr(runs, "_current", None)
-    monkeypatch.delenv(execute.TIER, raising=False)
+    monkeypatch.delenv(parameters.TIER, raising=False)
     monkeypatch.delenv(execute.KEEP_STALE, raising=False)
     monkeypatch.chdir(ROOT)
 
     def write(name, *code, finish="run.finish({'k': k, 'draw': random.random()})", parameters=PARAMETERS, heading=""):
-        start = f"import random\nfrom sae_utils.runs import start_run\nrun = start_run('{name}', globals())\n{LOG}"
+        start = f"import random\nfrom sae_utils.lab.runs import start_run\nrun = start_run('{name}', globals())\n{LOG}"
         cells = [nbformat.v4.new_code_cell(source) for source in (parameters, start, *code, finish)]
         cells[0].metadata["tags"] = ["parameters"]
         cells[2:2] = [nbformat.v4.new_markdown_cell(heading)]
@@ -53,7 +53,7 @@ def finished(notebook):
     """`finished(name, **params)`: a finished run, made here without a kernel."""
 
     def make(name="01_toy", **params):
-        run = start_run(name, execute.resolve(name, params))
+        run = start_run(name, parameters.resolve(name, params))
         run.finish({"a": 1.5})
         return run
 
@@ -211,7 +211,7 @@ def test_shards_partition_the_plan(notebook, tmp_path, capsys):
         ("hook_name", "transformer.h.3", "hook_name='transformer.h.3': a hook is named as in 'blocks.3.hook_resid_pre'"),
         ("model", "pyton-lm", "model='pyton-lm': no such directory (did you mean 'python-lm'?)"),
         ("model", "./none", "model='./none': no such directory. Allowed"),
-        ("model", "FILE", "no such directory. Allowed"),
+        ("model", "FILE", "it is a file, not a directory. Allowed"),
         ("dataset", "texs.txt", "dataset='texs.txt': no such file or directory"),
         ("dataset", "\udcff", "dataset='\\udcff': it has to be Unicode text"),
         ("output_dir", "FILE", "is a file, but runs need a directory"),
@@ -335,7 +335,7 @@ def test_finished_runs_are_listed_with_what_differs(finished, notebook, tmp_path
     notebook("01_toy")
     notebook("02_toy")
     runs_made = [finished(k=2), finished("02_toy"), finished(seed=3, rate=0.5)]
-    start_run("01_toy", execute.resolve("01_toy", {}))  # not finished
+    start_run("01_toy", parameters.resolve("01_toy", {}))  # not finished
     for age, run in enumerate(runs_made):
         os.utime(run.dir / "manifest.json", (1e9 + age, 1e9 + age))
     assert main("runs") == 0
@@ -468,16 +468,16 @@ def test_a_run_is_found_not_repeated_unless_stale_and_equal_seeds_give_equal_byt
     assert (done.dir / "notebook.ipynb").exists()
     assert log() == ["01_toy 8 5"], "the second call found the run"
 
-    write_json(done.dir / "manifest.json", done.manifest | {"sources": {"runs.py": "other"}})
+    write_json(done.dir / "manifest.json", done.manifest | {"sources": {"lab/runs.py": "other"}})
     first = (done.dir / "metrics.json").read_bytes()
     capsys.readouterr()
     assert execute.run("01_toy", {"flag": False, "seed": 5}, keep_stale=True).id == done.id
-    assert "stale (made by other sae_utils sources (runs.py)), kept" in capsys.readouterr().out
+    assert "stale (made by other sae_utils sources (lab/runs.py)), kept" in capsys.readouterr().out
     path = toml(tmp_path, "[01_toy]\nflag = false\nseed = 5\n")
     main(path, "--dry-run")
     main(path, "--dry-run", "--keep-stale")
     assert capsys.readouterr().out.splitlines() == [
-        "stale (made by other sae_utils sources (runs.py))  01_toy flag=False seed=5",
+        "stale (made by other sae_utils sources (lab/runs.py))  01_toy flag=False seed=5",
         "nothing to do",
     ]
     assert len(log()) == 1
@@ -575,8 +575,8 @@ def test_a_notebook_gets_the_runs_it_requires(notebook, log, tmp_path, monkeypat
     )
     path = toml(tmp_path, "[shared]\nk = 5\nseed = 9\n[01_toy]\nk = 6\n[02_toy]\nseed = 3\n")
     assert main(path, "--shard", "2/2") == 0
-    monkeypatch.setenv(execute.TIER, path)
-    done = find_run("02_toy", execute.resolve("02_toy", {}))
+    monkeypatch.setenv(parameters.TIER, path)
+    done = find_run("02_toy", parameters.resolve("02_toy", {}))
     wanted = {"k": 6, "rate": 0.5, "flag": True, "sizes": [1, 2], "seed": 3, "output_dir": ""}
     assert done.metrics["parameters"] == wanted
     required = find_run("01_toy", wanted)
@@ -584,7 +584,7 @@ def test_a_notebook_gets_the_runs_it_requires(notebook, log, tmp_path, monkeypat
     assert list(done.manifest["requires"]) == [f"01_toy/{required.id}"]
     assert log() == ["02_toy 5 3", "01_toy 6 3"]
 
-    by_hand = start_run("02_toy", execute.resolve("02_toy", {}))
+    by_hand = start_run("02_toy", parameters.resolve("02_toy", {}))
     assert execute.require("01_toy", rate=0.5).id == required.id
     assert list(by_hand.manifest["requires"]) == [f"01_toy/{required.id}"]
     assert len(log()) == 2
@@ -594,12 +594,12 @@ def test_a_run_is_stale_where_what_it_requires_would_now_be_another_run(notebook
     """k of the required run is of the sweep in force, or else its notebook's default."""
     for name in ("01_toy", "02_toy"):
         notebook(name)
-    monkeypatch.setenv(execute.TIER, toml(tmp_path, "[01_toy]\nk = 6\n"))
+    monkeypatch.setenv(parameters.TIER, toml(tmp_path, "[01_toy]\nk = 6\n"))
     finished("01_toy", seed=3)
-    caller = start_run("02_toy", execute.resolve("02_toy", {"seed": 3}))
+    caller = start_run("02_toy", parameters.resolve("02_toy", {"seed": 3}))
     assert execute.require("01_toy").parameters["k"] == 6
     caller.finish({})
-    params = execute.resolve("02_toy", {"seed": 3})
+    params = parameters.resolve("02_toy", {"seed": 3})
     assert find_run("02_toy", params).stale() == ""
     for text in ("[01_toy]\nk = 7\n", "[02_toy]\n"):
         toml(tmp_path, text)

@@ -23,14 +23,14 @@ from sae_utils import (
     ReluSAE,
     SAEOutput,
     TopKSAE,
-    losses,
-    sparse,
     train,
-    training,
 )
-from sae_utils.activations import Batches
-from sae_utils.losses import batch_fvu, reconstruction_loss
-from sae_utils.training import skip, stream, undertrained
+from sae_utils.activations.store import Batches
+from sae_utils.device import bf16_is_fast
+from sae_utils.training import end_to_end, loop, losses
+from sae_utils.training.loop import undertrained
+from sae_utils.training.losses import batch_fvu, reconstruction_loss
+from sae_utils.training.streams import skip, stream
 
 
 class Stream:
@@ -269,7 +269,7 @@ def test_arguments_of_the_classes_out_of_range(cls, bad):
         *(("topk", losses.reconstruction_loss, {key: -1}) for key in ("alpha", "k_aux")),
         ("mutual", losses.aux_zipf_loss, {"share": -1}),
         ("gradient", losses.attribution_loss, {"alpha": float("nan")}),
-        ("topk", losses.e2e_loss, {"suffix": None, "kl": -1}),
+        ("topk", end_to_end.e2e_loss, {"suffix": None, "kl": -1}),
     ],
 )
 def test_settings_of_objectives_out_of_range(name, objective, bad):
@@ -280,7 +280,7 @@ def test_settings_of_objectives_out_of_range(name, objective, bad):
 
 
 def test_bf16_is_asked_for_and_close(monkeypatch):
-    monkeypatch.setattr(training, "bf16_is_fast", lambda device: True)
+    monkeypatch.setattr(loop, "bf16_is_fast", lambda device: True)
     exact, half = new_sae(), new_sae()
     a, b = run(exact, Stream()), run(half, Stream(), bf16=True)
     assert not same_bits(exact, half) and half.W_enc.dtype == torch.float32
@@ -290,13 +290,13 @@ def test_bf16_is_asked_for_and_close(monkeypatch):
 def test_bf16_is_said_and_avoided_where_the_hardware_has_none(monkeypatch):
     for what in ("amx_tile", "avx512_bf16"):
         monkeypatch.setattr(torch.cpu, f"_is_{what}_supported", lambda: False)
-    sparse.bf16_is_fast.cache_clear()
+    bf16_is_fast.cache_clear()
     exact, asked = new_sae(), new_sae()
     try:
         with pytest.warns(UserWarning, match="bf16=True: this cpu has no fast products in bfloat16, so fp32") as found:
             run(asked, Stream(), bf16=True)
     finally:
-        sparse.bf16_is_fast.cache_clear()
+        bf16_is_fast.cache_clear()
     run(exact, Stream())
     assert same_bits(exact, asked) and len(found) == 1
 
@@ -457,8 +457,8 @@ class OwnForward(ReluSAE):
         ("relu", losses.jumprelu_loss, "jumprelu_loss does not fit ReluSAE"),
         ("jumprelu", losses.attribution_loss, "attribution_loss does not fit JumpReluSAE.*Use jumprelu_loss"),
         ("topk", losses.aux_zipf_loss, "aux_zipf_loss does not fit TopKSAE"),
-        ("relu", functools.partial(losses.e2e_loss, suffix=None, local=losses.reconstruction_loss), "does not fit ReluSAE"),
-        ("topk", functools.partial(losses.e2e_loss, suffix=None, local=losses.attribution_loss), "with a `distance`"),
+        ("relu", functools.partial(end_to_end.e2e_loss, suffix=None, local=losses.reconstruction_loss), "does not fit ReluSAE"),
+        ("topk", functools.partial(end_to_end.e2e_loss, suffix=None, local=losses.attribution_loss), "with a `distance`"),
     ],
 )  # fmt: skip
 def test_an_objective_that_does_not_fit_is_refused_before_the_first_step(name, objective, match):

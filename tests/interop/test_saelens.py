@@ -24,8 +24,8 @@ from sae_utils import (
     to_jumprelu,
     train,
 )
-from sae_utils.lm import run_prefix, run_spliced
-from sae_utils.losses import gated_loss, jumprelu_loss, l1_loss, reconstruction_loss
+from sae_utils.activations.hooks import run_prefix, run_spliced
+from sae_utils.training.losses import gated_loss, jumprelu_loss, l1_loss, reconstruction_loss
 
 D_IN, D_SAE = 12, 40
 close = {"atol": 1e-5, "rtol": 1e-5}

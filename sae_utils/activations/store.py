@@ -1,0 +1,245 @@
+"""ActivationStore: run the language model once, keep the activations at its hooks in memory maps, read them shuffled.
+
+One file a hook, [rows, n_ctx, d_in] in float16 or bfloat16, under a key made of model, hook and token rows, so that every
+notebook finds what another has harvested. Hooks harvested from the same rows are aligned entry by entry.
+"""
+
+import contextlib
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import (
+    array_writer,
+    cache_dir,
+    digest,
+    disk_errors,
+    in_bytes,
+    lock,
+    open_array,
+    remove_leftovers,
+    replacing,
+)
+from ..saes.files import tensors_hash
+from ..values import flag, one_of, whole
+from .hooks import check_hook, check_tokens, run_prefix, run_with_gradient
+
+GRAD = ".grad"  # after a hook's name: the gradient there
+
+
+class ActivationStore:
+    """Activations of `lm` at one or several hooks over `rows` of tokens, integers [n_rows, n_ctx] of any type.
+
+    hook_names: one name or a list; `x` of a batch is the first, and `batch[name]` each of a list of several.
+    dtype: "float16" (an activation over 65,504 is refused: use "bfloat16") or "bfloat16".
+    skip_first: leave position 0, an outlier in most models, out of `batches` and `activations`.
+    gradients: store ∇ₓ of the summed next-token loss at the first hook too (`run_with_gradient`; 0 at position 0 and at the
+    last), as `grad` of a batch. Always in bfloat16: gradients are small, and float16 would lose those under 6e-8.
+
+    Raises before any work: ValueError for an unknown hook, rows that are no tokens of the model, or a context over the
+    model's; OSError if the disk is too small. ValueError for a stored file that is damaged.
+    """
+
+    def __init__(
+        self,
+        lm,
+        rows: np.ndarray,
+        hook_names,
+        *,
+        dtype: str = "float16",
+        skip_first: bool = True,
+        batch_rows: int = 32,
+        gradients: bool = False,
+    ):
+        one_of("dtype", dtype, ["float16", "bfloat16"])
+        names = [hook_names] if isinstance(hook_names, str) or not hasattr(hook_names, "__iter__") else hook_names
+        self.hook_names = list(dict.fromkeys(map(str, names)))
+        if not self.hook_names:
+            raise ValueError(f"hook_names={hook_names!r}: name at least one hook")
+        for name in self.hook_names:
+            check_hook(lm, name)
+        self.skip, batch_rows = int(flag("skip_first", skip_first)), whole("batch_rows", batch_rows)
+        self.rows = rows = token_rows(lm, rows)
+        if (n_ctx := rows.shape[1]) < 1 + max(self.skip, flag("gradients", gradients)):
+            raise ValueError(f"rows has n_ctx={n_ctx}: position 0 is left out, and a gradient needs a next token")
+        self.n_ctx = n_ctx
+        self.device = torch.device(lm.cfg.device)
+        self.dtype = getattr(torch, dtype)
+        key = digest([weights_hash(lm), hashlib.sha256(np.ascontiguousarray(rows)).hexdigest(), rows.shape, dtype])
+        self.path = cache_dir() / "activations" / key
+        stored = self.hook_names + ([self.hook_names[0] + GRAD] if gradients else [])
+        missing = [name for name in stored if not self.file(name).exists()]
+        if missing:
+            with disk_errors(self.path), lock(self.path):
+                if missing := [name for name in missing if not self.file(name).exists()]:
+                    self.harvest(lm, missing, batch_rows)
+        self.maps = {name: self.open(name) for name in stored}
+        self.d_in = self.maps[self.hook_names[0]].shape[-1]
+
+    def file(self, hook_name: str) -> Path:
+        return self.path / f"{hook_name}.npy"
+
+    def open(self, hook_name: str) -> Tensor:
+        array = open_array(self.file(hook_name), mode="c")  # copy-on-write: torch knows no read-only tensors
+        if array.dtype != np.uint16 or array.shape[:2] != self.rows.shape:
+            found = f"{array.dtype}{list(array.shape)}"
+            raise ValueError(f"{self.file(hook_name)} holds {found}, not uint16{[*self.rows.shape, 'd_in']}: delete it")
+        return torch.from_numpy(array.view(np.int16)).view(self.dtype_of(hook_name))
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.bfloat16 if name.endswith(GRAD) else self.dtype
+
+    def harvest(self, lm, hook_names: list[str], batch_rows: int) -> None:
+        """Run the model over all rows and write one file a hook. No file is seen before it is whole."""
+        wanted = [name.removesuffix(GRAD) for name in hook_names]
+        first = run_prefix(lm, self.tokens(slice(0, 1)), wanted)
+        first = {name: first[hook] for name, hook in zip(hook_names, wanted)}
+        if hook_names[-1].endswith(GRAD):
+            # logits and their gradients have to fit; on a CPU, into memory that is used again
+            most = 1 << (23 if self.device.type == "cpu" else 25)
+            batch_rows = max(1, min(batch_rows, most // (self.n_ctx * lm.cfg.d_vocab)))
+        shapes = {name: (*self.rows.shape, first[name].shape[-1]) for name in hook_names}
+        need = sum(2 * int(np.prod(shape)) for shape in shapes.values())
+        with disk_errors(self.path, need):
+            self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        free = shutil.disk_usage(self.path).free
+        if need > 0.95 * free:
+            raise OSError(
+                f"the activations of {', '.join(hook_names)} need {in_bytes(need)} and {self.path} has {in_bytes(free)} free: "
+                f"lower n_tokens, harvest fewer hooks, or set SAE_UTILS_CACHE to a larger disk"
+            )
+        with contextlib.ExitStack() as stack:
+            append = {}
+            for name in hook_names:
+                new = stack.enter_context(replacing(self.file(name)))
+                append[name] = stack.enter_context(array_writer(new, shapes[name], np.uint16))
+            for start in range(0, len(self.rows), batch_rows):
+                tokens = self.tokens(slice(start, start + batch_rows))
+                for name, x in self.run(lm, tokens, hook_names).items():
+                    stored = x.to(self.dtype_of(name))
+                    if not torch.isfinite(stored).all():
+                        raise FloatingPointError(self.why_not_finite(name, x, start))
+                    append[name](stored.cpu().view(torch.int16).numpy().view(np.uint16))
+
+    def run(self, lm, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Activations, and the gradient if it is among the names, from one forward."""
+        if not names[-1].endswith(GRAD):
+            return run_prefix(lm, tokens, names)
+        found, grad = run_with_gradient(lm, tokens, names[:-1], names[-1].removesuffix(GRAD))
+        return found | {names[-1]: grad}
+
+    def why_not_finite(self, name: str, x: Tensor, start: int) -> str:
+        i = int((~torch.isfinite(x.to(self.dtype_of(name)))).flatten(1).any(1).nonzero()[0])
+        if torch.isfinite(x[i]).all():
+            reason = (
+                f"reaches {x[i].abs().max():.3g} in row {start + i}, too large for {self.dtype}: use dtype='bfloat16'"
+            )
+        else:
+            reason = (
+                f"is NaN or infinite in row {start + i} of the tokens: the model overflows there, try it in float32"
+            )
+        return f"{name} {reason}"
+
+    def tokens(self, rows) -> Tensor:
+        return torch.from_numpy(self.rows[rows].astype(np.int64)).to(self.device)
+
+    def __len__(self) -> int:
+        """Number of activations that `batches` draws from."""
+        return len(self.rows) * (self.n_ctx - self.skip)
+
+    def take(self, entries) -> dict[str, Tensor]:
+        """The activations numbered `entries` (0 … len − 1, sorted reads are fastest): x [batch, d_in] fp32, row, position, tokens."""
+        row, position = np.divmod(numbers("entries", entries, len(self)), self.n_ctx - self.skip)
+        position = position + self.skip
+        flat = torch.from_numpy(row * self.n_ctx + position)
+        batch = {name: m.view(-1, m.shape[-1]).index_select(0, flat) for name, m in self.maps.items()}
+        batch = {name: x.to(self.device).float() for name, x in batch.items()}
+        about = {"row": row, "position": position, "tokens": self.rows[row, position].astype(np.int64)}
+        batch |= {key: torch.from_numpy(value).to(self.device) for key, value in about.items()}
+        return self.named(batch)
+
+    def take_rows(self, rows) -> dict[str, Tensor]:
+        """Whole rows: x [n, n_ctx, d_in] fp32 (position 0 included), tokens [n, n_ctx], row [n], position [n_ctx]."""
+        rows = numbers("rows", rows, len(self.rows))
+        index = torch.from_numpy(rows)
+        batch = {name: m.index_select(0, index).to(self.device).float() for name, m in self.maps.items()}
+        about = {"tokens": self.tokens(rows), "row": index, "position": torch.arange(self.n_ctx)}
+        batch |= {key: value.to(self.device) for key, value in about.items()}
+        return self.named(batch)
+
+    def named(self, batch: dict) -> dict:
+        """The first hook's activation as `x`, its gradient, if stored, as `grad`."""
+        first = self.hook_names[0]
+        return {"x": batch[first]} | {"grad" if name == first + GRAD else name: v for name, v in batch.items()}
+
+    def batches(self, batch_size: int, seed: int = 0, whole_rows: bool = False) -> "Batches":
+        """Endless shuffled batches: of `batch_size` activations, or of `batch_size` whole rows."""
+        n = len(self.rows) if flag("whole_rows", whole_rows) else len(self)
+        if (batch_size := whole("batch_size", batch_size)) > n:
+            raise ValueError(
+                f"batch_size={batch_size}: this store holds {n:,} {'rows' if whole_rows else 'activations'}"
+            )
+        return Batches(self.take_rows if whole_rows else self.take, n, batch_size, whole("seed", seed, least=0))
+
+    def activations(self, n: int = 0) -> Tensor:
+        """The first n activations in row order (all by default), [n, d_in] fp32 on the store's device."""
+        return self.take(np.arange(min(whole("n", n, least=0) or len(self), len(self))))["x"]
+
+
+class Batches:
+    """An endless stream of batches: every epoch a new permutation, drawn from (seed, epoch); the partial last batch is dropped."""
+
+    def __init__(self, take, n: int, batch_size: int, seed: int):
+        self.take, self.n, self.batch_size, self.seed = take, n, batch_size, seed
+
+    def __iter__(self):
+        return self.from_step(0)
+
+    def from_step(self, step: int):
+        """The stream as it is after `step` batches, at no cost."""
+        epoch, start = divmod(step, self.n // self.batch_size)
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            for i in range(start, self.n // self.batch_size):
+                yield self.take(np.sort(order[i * self.batch_size : (i + 1) * self.batch_size]))
+            epoch, start = epoch + 1, 0
+
+
+def token_rows(lm, rows) -> np.ndarray:
+    """Rows of tokens [n_rows, n_ctx], checked against the model, in the smallest type that holds them; ValueError if they are none."""
+    try:
+        rows = rows if isinstance(rows, np.ndarray) else np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+    except (ValueError, TypeError):
+        raise ValueError("rows is no array: token rows are integers [n_rows, n_ctx], all rows of one length") from None
+    if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "iu":
+        raise ValueError(
+            f"rows has shape {list(rows.shape)} and type {rows.dtype}: token rows are integers [n_rows, n_ctx], as `tokens` "
+            f"gives them"
+        )
+    check_tokens(lm, rows)
+    for token in (int(rows.min()), int(rows.max())):
+        if not 0 <= token < lm.cfg.d_vocab:
+            raise ValueError(
+                f"rows holds token {token}, and the model's vocabulary has {lm.cfg.d_vocab}: another tokenizer's"
+            )
+    return rows.astype(np.uint16 if lm.cfg.d_vocab <= 1 << 16 else np.uint32, copy=False)
+
+
+def numbers(name: str, values, n: int) -> np.ndarray:
+    """The values as an array of whole numbers below n; ValueError if they are none."""
+    array = np.atleast_1d(np.asarray(values.cpu() if isinstance(values, Tensor) else values))
+    good = array.ndim == 1 and array.dtype.kind in "iu" and array.size and 0 <= array.min() and array.max() < n
+    if not good:
+        raise ValueError(f"{name}={values!r}: they have to be whole numbers from 0 to {n - 1:,}, in a list or array")
+    return array.astype(np.int64, copy=False)
+
+
+def weights_hash(lm) -> str:
+    """SHA-256 over the language model's configuration and parameters."""
+    weights = {name: value for name, value in lm.state_dict().items() if isinstance(value, Tensor)}
+    return tensors_hash(weights, lm.original_model.config.to_json_string())

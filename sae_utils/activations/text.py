@@ -1,0 +1,311 @@
+"""Text to tokens: split, packed, memory-mapped.
+
+A document goes to one split only: by the hash of its name, 90% train, 5% validation, 5% test (local documents, which may be
+few: by the rank of that hash). A source of fewer than `FEW_DOCUMENTS` documents cannot be split that way; there each document
+is cut in that order and proportion.
+
+Text is not lost in silence: `tokens` warns of what is left out, also when its rows come from the cache. That is
+- near-duplicates: more than half of such a document, by characters, stands in documents before it (see `marks`);
+- empty documents and nulls;
+- rows that cannot be read (broken JSON, no such column, no text, no UTF-8). A file or hub data set with more than
+  `BAD_SHARE` of them is refused;
+- files of other kinds, hidden files and folders, and linked folders.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import shutil
+import warnings
+from collections import Counter
+
+import numpy as np
+
+from ..code import source_hashes
+from ..files import (
+    ASSETS,
+    BUILTIN_MODEL,
+    array_writer,
+    build_once,
+    cache_dir,
+    digest,
+    file_hash,
+    open_array,
+    replacing,
+)
+from ..values import flag, one_of, whole
+from .corpus import BUILTIN, ROWS, builtin_documents, builtin_hash, report_left_out, shipped_rows
+from .sources import document_name, hub_rows, local_files, local_path, named, read_local, readable
+
+# What the chapters ask for with their defaults, in rows of 256 tokens of `python-lm`: split, n_tokens, spread.
+SHIPPED = [("train", 600_000, 16), ("train", 1_024_000, 1), ("validation", 16_384, 1)]
+SHIPPED += [(split, n_tokens, 16) for split in ("validation", "test") for n_tokens in (16_384, 32_768, 65_536)]
+SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}
+FEW_DOCUMENTS = 20
+CONTEXT = 60
+
+
+def tokens(
+    dataset,
+    tokenizer,
+    n_ctx,
+    n_tokens=0,
+    split="train",
+    bos=False,
+    text_field="text",
+    spread=1,
+    config="",
+    deduplicate=True,
+) -> np.memmap:
+    """Token rows of a data set, as a read-only memory map [rows, n_ctx] of uint16 (uint32 for a vocabulary over 65,536).
+
+    dataset: `"python-source"`; a local .txt, .jsonl or .parquet file or a directory of them, also compressed; otherwise a hub
+    name owner/name, streamed from its split "train" or its only split.
+    n_tokens: how many to take, 0 for all (a hub data set needs a number). Fewer are returned, with a warning, if there are fewer.
+    split: "train", "validation" or "test". bos: start every row with the tokenizer's BOS token (not the default).
+    text_field: the column of the text, or a field within a column ("data.text"). A column of chat messages, a list of
+    {"role", "content"}, is read as the contents joined by newlines.
+    spread: take rows at equal steps from up to `spread` times as much text, so that they come from as many more documents; what
+    is streamed from a hub, whose documents are short and many, is taken as it comes.
+    config: the configuration of a hub data set. deduplicate: leave out near-duplicates of earlier documents; without it, copies
+    of a document may be in several splits.
+
+    Documents are joined by the end-of-text token and cut into rows, which start anywhere; the last partial row is dropped.
+    A UserWarning counts the documents and files that are left out and says why.
+    Raises ValueError for a bad value, an empty data set or a bad file, FileNotFoundError for a data set that is not found.
+    """
+    dataset = named(dataset)
+    one_of("split", split, SPLITS)
+    n_ctx, n_tokens, spread = whole("n_ctx", n_ctx, 2), whole("n_tokens", n_tokens, 0), whole("spread", spread)
+    bos, deduplicate = flag("bos", bos), flag("deduplicate", deduplicate)
+    if not all(hasattr(tokenizer, name) for name in ("eos_token_id", "get_vocab", "is_fast")):
+        raise ValueError(
+            f"tokenizer={tokenizer!r:.80} is not a tokenizer: pass lm.tokenizer, or transformers.AutoTokenizer.from_pretrained(name)"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no end-of-text token (eos_token), which joins documents: set tokenizer.eos_token"
+        )
+    if bos and tokenizer.bos_token_id is None:
+        raise ValueError("bos=True, but the tokenizer has no bos_token")
+    if not isinstance(text_field, str) or not text_field:
+        raise ValueError(f"text_field={text_field!r}: it has to be the name of a column, such as 'text' or 'data.text'")
+    n_rows = n_tokens // n_ctx
+    if n_tokens and not n_rows:
+        raise ValueError(f"n_tokens={n_tokens} is less than one row of n_ctx={n_ctx}")
+    corpus, local = corpus_hash(dataset, config), dataset != BUILTIN and local_path(dataset)
+    streamed = local is None
+    if streamed and not n_tokens:
+        raise ValueError(f"n_tokens=0: dataset={dataset!r} is streamed from the hub, so say how many tokens to take")
+    spread = spread if n_tokens and not streamed else 1
+    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
+    about = [tokenizer_hash(tokenizer), n_ctx, n_tokens, split, bos, spread]
+    path = cache_dir() / "tokens" / f"{digest([corpus, *about, text_field, deduplicate, rules()])}.npy"
+    note = path.with_suffix(".lost")
+
+    def build(new):
+        lost = Counter(first="")
+        texts = documents(dataset, split, text_field, config, deduplicate, lost)
+        ids = token_stream(texts, tokenizer, lost)
+        rows = pack(ids, n_ctx, n_rows, spread, tokenizer.bos_token_id if bos else None, dtype)
+        text = losses(lost)
+        if not len(rows):
+            held = f"dataset={dataset!r}, split={split!r} holds {lost['tokens']} tokens"
+            raise ValueError(f"{held}: not one row of {n_ctx}{text and '; '}{text}")
+        if text:
+            with replacing(note) as file:
+                file.write_text(text, encoding="utf-8", errors="backslashreplace")
+        with array_writer(new, rows.shape, dtype) as append:
+            append(rows)
+
+    if dataset == BUILTIN and (shipped := shipped_rows(*about)).is_file():
+        path = shipped
+    else:
+        build_once(path, build)
+        if dataset == BUILTIN:
+            report_left_out()
+    rows = open_array(path)
+    if rows.ndim != 2 or rows.shape[1] != n_ctx or rows.dtype != dtype:
+        raise ValueError(f"{path} holds {rows.dtype}{list(rows.shape)}, not {dtype.__name__}[rows, {n_ctx}]: delete it")
+    if lost := "; ".join(
+        filter(None, [note.read_text(encoding="utf-8", errors="replace") if note.exists() else "", unread(local)])
+    ):
+        warnings.warn(f"dataset={dataset!r}: {lost}")
+    if len(rows) < n_rows:
+        warnings.warn(
+            f"dataset={dataset!r}, split={split!r} has {rows.size:,} tokens, fewer than n_tokens={n_tokens:,}"
+        )
+    return rows
+
+
+def held_out(dataset, tokenizer, n_ctx: int, n_tokens: int, split: str = "test", spread: int = 16, **options):
+    """Rows for evaluation, about n_tokens, spread over many documents: `tokens` of another split, without a warning if it is small."""
+    n_tokens = max(whole("n_tokens", n_tokens, 0), whole("n_ctx", n_ctx, 2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fewer than n_tokens")
+        return tokens(dataset, tokenizer, n_ctx, n_tokens, split, spread=spread, **options)
+
+
+def pack(ids, n_ctx, n_rows, spread, bos, dtype) -> np.ndarray:
+    """Rows [n_rows, n_ctx] of the documents' token ids, at equal steps from `spread` times as much; n_rows=0 for all."""
+    body = n_ctx - (bos is not None)
+    flat = np.fromiter(itertools.islice(itertools.chain.from_iterable(ids), spread * n_rows * body or None), dtype)
+    rows = flat[: len(flat) // body * body].reshape(-1, body)
+    if n_rows:
+        rows = rows[:: max(1, len(rows) // n_rows)][:n_rows]
+    return rows if bos is None else np.insert(rows, 0, bos, axis=1)
+
+
+def rules() -> list[str]:
+    """Hashes of the code that makes rows of text: rows that were made by other rules are made anew."""
+    return [source_hashes()[f"activations/{module}.py"] for module in ("text", "sources", "corpus")]
+
+
+def losses(lost) -> str:
+    """What `tokens` says about the documents left out, "" if there are none."""
+    about = lost["duplicate characters"] * lost["tokens"] // max(lost["characters"], 1)
+    counts = {
+        f"near-duplicates, about {about:,} tokens (deduplicate=False keeps them)": lost["duplicates"],
+        "empty or null": lost["empty"],
+        f"unreadable, the first in {lost['first']}": lost["bad"],
+    }
+    found = "; ".join(f"{n:,} {why}" for why, n in counts.items() if n)
+    return f"left out of {lost['documents'] + lost['bad']:,} documents: {found}" if found else ""
+
+
+def unread(path) -> str:
+    """What `tokens` says about the files of a local directory that are not read, "" if there are none."""
+    others = local_files(path)[1] if path else {}
+    found = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
+    return f"files and folders not read: {found}" if found else ""
+
+
+def token_stream(texts, tokenizer, lost, batch=64):
+    """Token ids of the documents, a list each, ended by the end-of-text token; their characters and tokens are counted."""
+    texts = iter(texts)
+    if tokenizer.is_fast:  # a copy, as the tokenizer may be set to pad or truncate
+        fast = copy.deepcopy(tokenizer.backend_tokenizer)
+        fast.no_padding()
+        fast.no_truncation()
+        fast.encode_special_tokens = True  # a text that spells "<|endoftext|>" does not end there
+    while group := list(itertools.islice(texts, batch)):
+        if tokenizer.is_fast:  # 40% less work than tokenizer(group), which also locates every token in the text
+            ids = [encoding.ids for encoding in fast.encode_batch_fast(group, add_special_tokens=False)]
+        else:
+            ids = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
+        lost["characters"] += sum(map(len, group))
+        lost["tokens"] += sum(map(len, ids)) + len(ids)
+        yield from ([*document, tokenizer.eos_token_id] for document in ids)
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """What identifies a tokenizer: all that makes tokens of text, and the special tokens that `tokens` adds."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    state |= dict.fromkeys(["truncation", "padding", "post_processor", "decoder"])
+    return digest([state, tokenizer.eos_token_id, tokenizer.bos_token_id])
+
+
+def documents(dataset, split, text_field="text", config="", deduplicate=True, lost=None):
+    """Yield the texts of one split, in a fixed order that mixes the sources (that of the hash of their names).
+
+    lost: a Counter to which what is left out is added, with the first bad row under "first".
+    """
+    dataset = named(dataset)
+    if dataset == BUILTIN:
+        yield from (text for name, text in builtin_documents() if split_of(name) == split)
+    elif (path := local_path(dataset)) is not None:
+        found = distinct(read_local(path, text_field, lost), deduplicate, lost)
+        texts = [text for _, text in sorted(found, key=lambda document: name_hash(document[0]))]
+        if not texts:
+            raise ValueError(f"dataset={dataset!r} holds no text: every document is empty (text_field={text_field!r})")
+        if len(texts) >= FEW_DOCUMENTS:
+            yield from part(texts, split)
+        else:
+            yield from filter(None, (part(text, split) for text in texts))
+    else:
+        found = distinct(readable(hub_rows(dataset, config), text_field, lost), deduplicate, lost)
+        yield from (text for name, text in found if split_of(name) == split)
+
+
+def corpus_hash(dataset, config="") -> str:
+    """What identifies the text: a hash of the bytes for the built-in corpus and local files, name@revision for the hub, with
+    the configuration if there is one."""
+    dataset = named(dataset)
+    path = None if dataset == BUILTIN else local_path(dataset)
+    if not isinstance(config, str) or config and (path or dataset == BUILTIN):
+        raise ValueError(
+            f"config={config!r}: it has to be the name of a hub data set's configuration, '' for any other"
+        )
+    if dataset == BUILTIN:
+        return builtin_hash()
+    if path is not None:
+        return digest([(document_name(file, path), file_hash(file)) for file in local_files(path)[0]])
+    return f"{dataset}:{config}" if config else dataset
+
+
+def name_hash(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def split_of(name: str) -> str:
+    percent = int(name_hash(name), 16) % 100
+    return next(split for split, (start, end) in SPLITS.items() if start <= percent < end)
+
+
+def part(sequence, split: str):
+    """The split's part of a sequence (of documents, or of characters): the three parts make up the whole."""
+    start, end = (len(sequence) * percent // 100 for percent in SPLITS[split])
+    return sequence[start:end]
+
+
+def distinct(named, deduplicate=True, lost=None):
+    """Leave out empty documents and, if asked to, near-duplicates of earlier ones: those with more than half of their text
+    (their lines, by characters) in earlier ones. What is left out is added to the Counter `lost`."""
+    seen, lost = set(), Counter() if lost is None else lost
+    for name, text in named:
+        lost["documents"] += 1
+        whole_text = text.strip()
+        if not whole_text:
+            lost["empty"] += 1
+            continue
+        if deduplicate:
+            lines = marks(whole_text)
+            repeated = sum(length for length, mark in lines if mark in seen)
+            if hash(whole_text) in seen or repeated > sum(length for length, _ in lines) / 2:
+                lost["duplicates"] += 1
+                lost["duplicate characters"] += len(text)
+                continue
+            seen.add(hash(whole_text))
+            seen.update(mark for _, mark in lines if mark is not None)
+        yield name, text
+
+
+def marks(text: str) -> list[tuple[int, int | None]]:
+    """(length, hash) of each line that is not empty; lines are compared by these hashes.
+
+    Short lines such as `return x` stand in many documents that have nothing else in common. A line of fewer than 20
+    characters is therefore hashed with the lines before it, until they have `CONTEXT`; None where the text begins too late.
+    """
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    found = []
+    for i, line in enumerate(lines):
+        start, length = i, len(line) if len(line) < 20 else CONTEXT
+        while length < CONTEXT and start:
+            start -= 1
+            length += len(lines[start])
+        found.append((len(line), hash("\n".join(lines[start : i + 1])) if length >= CONTEXT else None))
+    return found
+
+
+def write_shipped_rows() -> None:
+    """Make the token rows that ship with the repository anew from the installed packages (for maintainers)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / BUILTIN_MODEL)
+    for file in ROWS.glob("*.npy"):
+        file.unlink()
+    ROWS.mkdir(exist_ok=True)
+    for split, n_tokens, spread in SHIPPED:
+        rows = tokens(BUILTIN, tokenizer, 256, n_tokens, split, spread=spread)
+        shutil.copyfile(rows.filename, shipped_rows(tokenizer_hash(tokenizer), 256, n_tokens, split, False, spread))

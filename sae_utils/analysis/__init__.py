@@ -1,0 +1,1 @@
+"""What SAEs are judged by, and what is done with their latents."""

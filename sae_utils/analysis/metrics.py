@@ -1,0 +1,229 @@
+"""What an SAE is judged by, each number defined once.
+
+All sums run over the tokens named beside them and over d_in. Position 0 is left out everywhere unless said otherwise: it is an
+outlier in most models. Cross-entropies are in nats per predicted token.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..activations.hooks import check_tokens, later_layers, run_prefix, run_spliced, token_loss
+from ..saes.base import high_norm, measuring, typical
+from ..training.losses import as_batch
+from ..values import whole
+
+
+class ReconstructionSums:
+    """Running sums over activations from which FVU, γ, L0 and densities follow exactly, in float64.
+
+        FVU       = Σ‖x − x̂‖² / Σ‖x − x̄‖²                     0 perfect, 1 no better than the mean x̄ of the whole set
+        fvu_ordinary = the same over tokens that are not of high norm, where `usual` was given (`sae.high_norm`)
+        γ         = Σ‖x̂‖² / Σ x̂·x                              1 unbiased, < 1 shrinkage (arXiv 2404.16014, eq. 10)
+        γ_centred = the same of x − x̄ and x̂ − x̂̄ (ours: a large mean hides shrinkage)
+        L0        = active latents per token
+        density   = share of tokens on which a latent is active, [d_sae];   dead = share of latents never active here
+
+    γ is a ratio of sums over the whole set, not a mean of ratios. An all-zero x̂ has no γ: nan.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, device, usual: tuple[Tensor, Tensor] | None = None):
+        self.n = 0
+        self.usual, self.ordinary = usual, (0.0,) * 4  # tokens, Σx, Σ‖x‖², Σ‖x − x̂‖² of those
+        self.sum_x, self.sum_x_hat = (torch.zeros(d_in, dtype=torch.double, device=device) for _ in range(2))
+        self.xx = self.hh = self.hx = self.ee = self.active = 0.0
+        self.fired = torch.zeros(d_sae, dtype=torch.double, device=device)
+
+    def add(self, x: Tensor, x_hat: Tensor, latents: Tensor) -> None:
+        """x, x_hat [n, d_in], latents [n, d_sae]."""
+        x, x_hat = x.double(), x_hat.double()
+        self.n += len(x)
+        self.sum_x += x.sum(0)
+        self.sum_x_hat += x_hat.sum(0)
+        self.xx += x.square().sum()
+        self.hh += x_hat.square().sum()
+        self.hx += (x_hat * x).sum()
+        self.ee += (x - x_hat).square().sum()
+        self.fired += (latents > 0).sum(0)
+        if self.usual:
+            kept = (~high_norm(x, *self.usual)).double()
+            new = kept.sum(), kept @ x, kept @ x.square().sum(1), kept @ (x - x_hat).square().sum(1)
+            self.ordinary = [a + b for a, b in zip(self.ordinary, new)]
+
+    def result(self) -> dict[str, float]:
+        mean, mean_hat = self.sum_x / self.n, self.sum_x_hat / self.n
+        centred_hh = self.hh - self.n * mean_hat @ mean_hat
+        centred_hx = self.hx - self.n * mean_hat @ mean
+        values = {
+            "l0": self.fired.sum() / self.n,
+            "fvu": self.ee / (self.xx - self.n * mean @ mean),
+            "gamma": self.hh / self.hx,
+            "gamma_centred": centred_hh / centred_hx,
+            "dead_fraction": (self.fired == 0).double().mean(),
+        }
+        if self.usual:
+            n, total, xx, ee = self.ordinary
+            values["fvu_ordinary"] = ee / (xx - total @ total / n)
+        return {key: float(value) for key, value in values.items()}
+
+    def density(self) -> Tensor:
+        return self.fired / self.n
+
+
+def kl_divergence(logits: Tensor, logits_new: Tensor) -> Tensor:
+    """KL(orig ‖ new) = Σ_v p_orig (log p_orig − log p_new) in nats, over the last axis."""
+    log_p, log_q = logits.float().log_softmax(-1), logits_new.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def ce_recovered(ce_sae: float, ce_clean: float, ce_ablated: float) -> float:
+    """1 − (CE_sae − CE_clean) / (CE_ablated − CE_clean): 1 is lossless, 0 no better than the ablation."""
+    gap = ce_ablated - ce_clean
+    return 1 - (ce_sae - ce_clean) / gap if gap else math.nan
+
+
+def prepared(sae, lm, rows, batch_rows: int, least: int) -> tuple[dict, list[Tensor]]:
+    """{name: SAE or callable} and the rows in chunks on the model's device; ValueError for what cannot be measured."""
+    saes = sae if isinstance(sae, dict) else {"": sae}
+    if not saes or not all(callable(one) and not isinstance(one, type) for one in saes.values()):
+        raise ValueError(f"sae is {sae!r:.100}: it has to be an SAE, or a dictionary {{name: sae}} of one SAE or more")
+    try:
+        rows = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rows is no array of tokens [n, n_ctx]: {error}") from None
+    if rows.ndim != 2 or rows.dtype.kind not in "iu" or not len(rows) or rows.shape[1] < least:
+        raise ValueError(
+            f"rows is {rows.dtype}{list(rows.shape)}: it has to be token ids, whole numbers [n, n_ctx], n at least 1 and n_ctx at "
+            f"least {least}, since position 0 is left out"
+        )
+    check_tokens(lm, rows)
+    step = whole("batch_rows", batch_rows)
+    chunks = [torch.from_numpy(rows[i : i + step].astype("int64")) for i in range(0, len(rows), step)]
+    return saes, [chunk.to(lm.cfg.device) for chunk in chunks]
+
+
+@measuring
+def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: dict | None = None):
+    """Measure one SAE, or several on the same tokens (`{"name": sae}`), by splicing x̂ into the model.
+
+    rows: token rows [n, n_ctx], n_ctx ≥ 3, that neither the SAE nor the model was trained on. `sae` may be any callable x → object
+    with x_hat and latents (a principal-component "SAE", say). An SAE is measured by its inference rule: its counters and mode
+    stay as they are. Returns a dict of floats, or one per name; ValueError for rows or SAEs that do not fit:
+
+    l0, fvu, fvu_ordinary, gamma, gamma_centred, dead_fraction: `ReconstructionSums` over positions ≥ 1. Centre and usual norm,
+    by which tokens are ordinary, are those of the first 16 rows.
+    ce_clean, ce_sae, ce_zero, ce_mean: cross-entropy with the activation at positions ≥ 1 left alone, replaced by x̂, by
+    zero, by its mean over these tokens; position 0 stays clean. Mean over predictions made at positions ≥ 1.
+    ce_recovered_zero, ce_recovered_mean: `ce_recovered` against the two ablations (zero as in arXiv 2404.16014).
+    ce_increase: ce_sae − ce_clean. kl: KL(orig ‖ new) of the predictions, mean over positions ≥ 1.
+    densities: a dict that receives density [d_sae] under each name ("" for a single SAE).
+    """
+    saes, chunks = prepared(sae, lm, rows, batch_rows, least=3)
+    device = lm.cfg.device
+    x = run_prefix(lm, torch.cat(chunks[:16])[:16], [hook_name])[hook_name][:, 1:].flatten(0, 1)
+    usual = typical(x)
+    for name, one in saes.items():
+        if getattr(one, "d_in", x.shape[1]) != x.shape[1]:
+            raise ValueError(
+                f"{hook_name} has {x.shape[1]} coordinates, and {name or 'the SAE'} d_in={one.d_in}: {one}"
+            )
+    mean = sum(run_prefix(lm, c, [hook_name])[hook_name][:, 1:].double().sum((0, 1)) for c in chunks)
+    mean = (mean / sum(c[:, 1:].numel() for c in chunks)).float()
+    sums: dict[str, ReconstructionSums] = {}
+    nats = {key: 0.0 for key in ("clean", "zero", "mean", *(f"ce/{n}" for n in saes), *(f"kl/{n}" for n in saes))}
+    n_predictions = 0
+
+    def loss_with(tokens, replacement):
+        """Summed loss of predictions at positions ≥ 1 with x replaced there, and the logits."""
+        spliced = torch.cat([clean[:, :1], replacement.to(clean.dtype).expand(len(clean), clean.shape[1] - 1, -1)], 1)
+        logits = run_spliced(lm, tokens, hook_name, spliced)
+        return token_loss(logits, tokens)[:, 1:].double().sum(), logits
+
+    for tokens in chunks:
+        clean = run_prefix(lm, tokens, [hook_name])[hook_name]
+        logits = run_spliced(lm, tokens, hook_name, clean)
+        x = clean[:, 1:].float()
+        n_predictions += tokens[:, 2:].numel()
+        nats["clean"] += token_loss(logits, tokens)[:, 1:].double().sum()
+        nats["zero"] += loss_with(tokens, torch.zeros_like(x))[0]
+        nats["mean"] += loss_with(tokens, mean)[0]
+        for name, sae in saes.items():
+            out = sae(x)
+            if name not in sums:
+                sums[name] = ReconstructionSums(x.shape[-1], out.latents.shape[-1], device, usual)
+            sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), out.latents.flatten(0, 1))
+            loss, logits_new = loss_with(tokens, out.x_hat)
+            nats[f"ce/{name}"] += loss
+            nats[f"kl/{name}"] += kl_divergence(logits[:, 1:-1], logits_new[:, 1:-1]).double().sum()
+    ce = {key: float(value) / n_predictions for key, value in nats.items()}
+    results = {}
+    for name in saes:
+        result = sums[name].result() | {"ce_clean": ce["clean"], "ce_sae": ce[f"ce/{name}"]}
+        result["ce_increase"] = result["ce_sae"] - ce["clean"]
+        result |= {"ce_zero": ce["zero"], "ce_mean": ce["mean"], "kl": ce[f"kl/{name}"]}
+        for ablation in ("zero", "mean"):
+            result[f"ce_recovered_{ablation}"] = ce_recovered(result["ce_sae"], ce["clean"], ce[ablation])
+        results[name] = result
+        if densities is not None:
+            densities[name] = sums[name].density().float().cpu()
+    return results[""] if "" in saes else results
+
+
+@measuring
+def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
+    """What x̂, spliced in at positions ≥ 1, does to the layers after the hook; one SAE, or several (`{"name": sae}`).
+
+    Returns, or maps each name to, a dict:
+    downstream_fvu: {hook: Σ‖r − r_new‖² / Σ‖r − r̄‖²}, sums over positions ≥ 1 of all rows: at hook_name itself, at resid_pre of
+    every later layer, and at the final resid_post.
+    norm_ratio: mean over tokens of ‖x̂‖ / ‖x‖ at positions ≥ 1; norm_ratio_first: the same at position 0, which is an outlier in
+    most models and which the SAE does not see in training.
+    """
+    saes, chunks = prepared(sae, lm, rows, batch_rows, least=2)
+    hooks = [hook_name, *later_layers(lm, hook_name), f"blocks.{lm.cfg.n_layers - 1}.hook_resid_post"]
+    hooks = list(dict.fromkeys(hooks))
+    errors = {name: dict.fromkeys(hooks, 0.0) for name in saes}
+    norms = {name: torch.zeros(2, dtype=torch.double) for name in saes}  # of position 0, of the others
+    n, total, squares = 0, dict.fromkeys(hooks, 0.0), dict.fromkeys(hooks, 0.0)
+    for tokens in chunks:
+        clean = run_prefix(lm, tokens, hooks)
+        x = clean[hook_name].float()
+        n += tokens[:, 1:].numel()
+        for hook in hooks:
+            r = clean[hook][:, 1:].flatten(0, 1).double()
+            total[hook], squares[hook] = total[hook] + r.sum(0), squares[hook] + r.square().sum()
+        for name, one in saes.items():
+            x_hat, new = one(x).x_hat, {}
+            ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)
+            norms[name] += torch.stack([ratio[:, 0].sum(), ratio[:, 1:].sum()]).double().cpu()
+            spliced = torch.cat([x[:, :1], x_hat[:, 1:]], 1)
+            keep = [(hook, lambda r, hook, at=hook: new.__setitem__(at, r.flatten(2))) for hook in hooks]
+            run_spliced(lm, tokens, hook_name, spliced, hooks=keep)
+            for hook in hooks:
+                errors[name][hook] += (clean[hook] - new[hook])[:, 1:].double().square().sum()
+    results = {}
+    for name in saes:
+        fvu = {h: float(errors[name][h] / (squares[h] - total[h].square().sum() / n)) for h in hooks}
+        first, others = (norms[name] / torch.tensor([len(rows), n])).tolist()
+        results[name] = {"downstream_fvu": fvu, "norm_ratio": others, "norm_ratio_first": first}
+    return results[""] if "" in saes else results
+
+
+@torch.no_grad()
+def alive_latents(sae, batches, window: int) -> Tensor:
+    """Which latents are active on at least one of the first `window` tokens of `batches`, by the inference rule: bool [d_sae].
+
+    batches: tensors [..., d_in] or batch dicts. Their number grows with the window: say which (arXiv 2405.12241: 500,000).
+    Raises ValueError if the stream ends before.
+    """
+    fired, left = None, whole("window", window)
+    for batch in batches:
+        x = as_batch(batch)["x"]
+        x = x.reshape(-1, x.shape[-1])[:left].to(sae.W_dec.device)
+        now = (sae.encode(x) > 0).any(0)
+        fired, left = now if fired is None else fired | now, left - len(x)
+        if not left:
+            return fired
+    raise ValueError(f"window={window:,}: the stream ended {left:,} tokens before")

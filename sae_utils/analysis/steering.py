@@ -1,0 +1,413 @@
+"""Steering: push an activation along a direction, or set a latent, and measure what the model then says.
+
+Everything is batched over n interventions × contexts, chunked to memory; in one forward pass only the layers after a residual
+hook run, in generation every step runs on the new tokens alone (Hugging Face's KV cache, through the hooks). Position 0, an
+outlier in most models, is left alone by default. The steering formula of arXiv 2411.10397 is not known; what is here is ours.
+"""
+
+import contextlib
+import re
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..activations.hooks import (
+    agree,
+    check_hook,
+    check_tokens,
+    described,
+    few_tokens,
+    run_prefix,
+    run_spliced,
+    token_loss,
+)
+from ..values import real, whole
+from .metrics import kl_divergence
+
+AT_ONCE = 2**22  # floats that the largest tensor of a chunk of interventions holds: 16 MiB, what a CPU keeps near
+MEASURES = ("kl", "max_logit", "target_logprob", "specificity", "norm", "logprob_per_norm")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interventions: n of them at once; called with x [n or 1, contexts, positions, d_in], they return [n, ...]
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Add:
+    """x + direction: `directions` [n, d_in], already at the length wanted (α · direction)."""
+
+    def __init__(self, directions: Tensor):
+        if not isinstance(directions, Tensor) or directions.ndim != 2 or not directions.isfinite().all():
+            raise ValueError(f"directions are {described(directions)}: they have to be a finite tensor [n, d_in]")
+        self.directions = directions.detach()
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def __getitem__(self, part: slice) -> "Add":
+        return Add(self.directions[part])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.directions.shape[1]:
+            raise ValueError(
+                f"directions are {self.directions.shape[1]} wide, and x at this hook is {x.shape[-1]} wide"
+            )
+        return x + self.directions[:, None, None].to(x)
+
+
+class SetLatent:
+    """Set latent i to a value v: x + (v − f_i(x)) W_dec[i], or x̂ + (v − f_i(x)) W_dec[i] without the SAE's error. v = 0 ablates.
+
+    latents [n] indices; values: a number or [n]. Raises ValueError for an index outside the dictionary or a dead latent.
+    """
+
+    def __init__(self, sae, latents, values=0.0, keep_error: bool = True):
+        self.sae, self.keep_error = sae, keep_error
+        self.latents = check_latents(sae, latents)
+        values = [real("values", v) for v in np.atleast_1d(torch.as_tensor(values).cpu().numpy()).flat]
+        if len(values) not in (1, len(self.latents)):
+            raise ValueError(f"{len(values)} values for {len(self.latents)} latents: give one for all, or one each")
+        self.values = torch.tensor(values).to(sae.W_dec.device, sae.W_dec.dtype).expand(len(self.latents))
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, part: slice) -> "SetLatent":
+        return SetLatent(self.sae, self.latents[part], self.values[part], self.keep_error)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        f = self.sae.encode(x)  # [n or 1, contexts, positions, d_sae]
+        index = self.latents[:, None, None, None].expand(-1, *f.shape[1:3], 1)
+        now = f.expand(len(self), *f.shape[1:]).gather(-1, index)
+        base = x if self.keep_error else self.sae.decode(f)
+        return base + (self.values[:, None, None, None] - now) * self.sae.W_dec.detach()[self.latents][:, None, None]
+
+
+def check_latents(sae, latents) -> Tensor:
+    """Indices as a tensor [n]; ValueError for one outside the dictionary, or of a latent that was dead at the end of training."""
+    latents = indices("latents", latents, sae.d_sae, "this SAE").to(sae.W_dec.device)
+    dead = latents[sae.dead()[latents]]
+    if len(dead):
+        raise ValueError(
+            f"latent {int(dead[0])} is dead: it did not fire in the last {sae.dead_after:,} training tokens"
+        )
+    return latents
+
+
+def check_positions(positions, n_ctx: int, name: str = "positions") -> Tensor:
+    """A mask [n_ctx] of the positions named, or of all but the first; ValueError for one outside the context, or for none."""
+    mask = torch.zeros(n_ctx, dtype=torch.bool)
+    mask[indices(name, range(1, n_ctx) if positions is None else positions, n_ctx, "the context")] = True
+    return mask
+
+
+def indices(name: str, values, n: int, where: str) -> Tensor:
+    """Whole numbers from 0 to n − 1, as a tensor of one axis; ValueError for others, and for none at all."""
+    try:
+        found = torch.as_tensor(values if hasattr(values, "dtype") or np.isscalar(values) else list(values)).flatten()
+        integer = not (found.is_floating_point() or found.dtype == torch.bool) and len(found)
+    except (TypeError, ValueError, RuntimeError):
+        integer = False
+    if not integer:
+        raise ValueError(f"{name}={values!r}: they have to be whole numbers from 0 to {n - 1}, at least one")
+    if len(outside := found[(found < 0) | (found >= n)]):
+        raise ValueError(f"{name}: {int(outside[0])} is outside {where}; allowed are 0 to {n - 1}")
+    return found.long()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One forward pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def as_tokens(lm, rows) -> Tensor:
+    """Token ids as a tensor on the model's device; ValueError for what are none of this model."""
+    rows = rows if isinstance(rows, Tensor) else np.asarray(rows)
+    if rows.ndim not in (2, 3):
+        raise ValueError(
+            f"rows are {described(rows)}: they have to be tokens [contexts, n_ctx] or [n, contexts, n_ctx]"
+        )
+    check_tokens(lm, rows.reshape(-1, rows.shape[-1]))
+    return torch.as_tensor(rows if isinstance(rows, Tensor) else rows.astype("int64")).long().to(lm.cfg.device)
+
+
+@torch.no_grad()
+def steer(lm, rows, hook_name: str, edit, positions=None, at=None, at_once: int = AT_ONCE):
+    """Run n interventions on contexts; yield, a chunk of interventions at a time, (part, logits, new logits, norm).
+
+    rows: token ids [contexts, n_ctx], the same for all, or [n, contexts, n_ctx]. positions: where `edit` acts (default all but
+    0). at: positions whose predictions are wanted (default all but 0). part: slice of interventions; logits, clean
+    [part or 1, contexts, at, d_vocab], and steered [part, ...]; norm [part]: mean ‖x_new − x‖ over the positions edited.
+    """
+    rows = as_tokens(lm, rows)
+    rows = rows[None] if rows.ndim == 2 else rows
+    if len(rows) not in (1, len(edit)):
+        raise ValueError(f"rows hold contexts for {len(rows)} interventions, but there are {len(edit)}")
+    n_contexts, n_ctx = rows.shape[1:]
+    mask = check_positions(positions, n_ctx).to(rows.device)
+    at = check_positions(at, n_ctx, "at").to(rows.device)
+    entries = n_contexts * max(int(at.sum()) * lm.cfg.d_vocab, n_ctx * lm.cfg.d_model * 8)
+    shared = None
+    for start in range(0, len(edit), max(1, at_once // entries)):
+        part = slice(start, start + max(1, at_once // entries))
+        some = edit[part]
+        tokens = rows if len(rows) == 1 else rows[part]
+        if shared is None or len(rows) > 1:
+            x = run_prefix(lm, tokens.flatten(0, 1), [hook_name])[hook_name]
+            logits = logits_at(lm, tokens.flatten(0, 1), hook_name, x, at).unflatten(0, tokens.shape[:2])
+            shared = x.unflatten(0, tokens.shape[:2]), logits
+        x, logits = shared
+        new = torch.where(mask[:, None], some(x), x)
+        norm = (new - x)[:, :, mask].norm(dim=-1).mean((1, 2))
+        spread = tokens.expand(len(some), -1, -1).flatten(0, 1)
+        steered = logits_at(lm, spread, hook_name, new.flatten(0, 1), at)
+        yield part, logits, steered.unflatten(0, (len(some), n_contexts)), norm
+
+
+def logits_at(lm, tokens: Tensor, hook_name: str, x: Tensor, at: Tensor) -> Tensor:
+    """Logits [batch, at, d_vocab] at some positions, with x at the hook: only those are unembedded."""
+    return run_spliced(lm, tokens, hook_name, x, hooks=[("unembed.hook_in", lambda h, hook: h[:, at])]).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def direct_logits(lm, directions: Tensor) -> Tensor:
+    """What directions [n, d_model] write straight into the logits, [n, d_vocab]: through the last norm and the unembedding only.
+
+    LN(d) W_U − LN(0) W_U: the biases drop out, and the scale is that of a residual stream which is d alone.
+    """
+    norm = getattr(lm, "ln_final", torch.nn.Identity())  # GPT-1 has none
+    direct = lm.unembed(norm(directions[None])) - lm.unembed(norm(torch.zeros_like(directions[None, :1])))
+    return direct[0].float()
+
+
+def target_logprob(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
+    """log Σ_{t ∈ targets} p_new(t) − log Σ_{t ∈ targets} p(t) in nats; logits [..., d_vocab], targets [n_targets], or one row of
+    them for each entry of the first axis of `new`."""
+
+    def log_share(logits):
+        index = targets.view(-1, *[1] * (new.ndim - 2), targets.shape[-1]).expand(*new.shape[:-1], -1)
+        log_p = logits.log_softmax(-1).expand(*new.shape[:-1], -1)
+        return log_p.gather(-1, index).logsumexp(-1)
+
+    return log_share(new) - log_share(logits)
+
+
+def specificity(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
+    """(mean Δ logit over targets − mean over all other tokens) / standard deviation over those others; shapes as target_logprob.
+
+    0: the targets rise no more than the vocabulary does; 3: three standard deviations more. No unit, so strengths compare.
+    """
+    delta = new - logits
+    index = targets.view(-1, *[1] * (new.ndim - 2), targets.shape[-1]).expand(*new.shape[:-1], -1)
+    own = delta.gather(-1, index)
+    n_others = delta.shape[-1] - targets.shape[-1]
+    mean = (delta.sum(-1) - own.sum(-1)) / n_others
+    centred = delta - mean[..., None]
+    variance = (centred.square().sum(-1) - (own - mean[..., None]).square().sum(-1)) / n_others
+    return (own.mean(-1) - mean) / variance.clamp_min(1e-12).sqrt()
+
+
+def effects(
+    lm, rows, hook_name: str, edit, targets, positions=None, at=None, *, also=None, each_context=False, at_once=AT_ONCE
+) -> dict[str, Tensor]:
+    """What n interventions do to the predictions: means over the positions `at` and the contexts, each [n] on the CPU.
+
+    With `each_context` the mean is over positions alone, [n, contexts] (norm [n, 1]). also {name: targets}: further sets of
+    tokens, of which `target_logprob` is measured under that name.
+    targets [n, n_targets]: tokens of each intervention. rows, positions, at: as in `steer`. kl: KL(unsteered ‖ steered) in nats.
+    max_logit: max over the vocabulary of |Δ logit|. target_logprob, specificity: the functions of these names. norm: mean
+    ‖x_new − x‖ where edited. logprob_per_norm: target_logprob / norm, nats per unit of x (0 where nothing was changed).
+    """
+    parts, targets = [], check_targets(targets, len(edit), lm.cfg.d_vocab)
+    also = {name: check_targets(more, len(edit), lm.cfg.d_vocab) for name, more in (also or {}).items()}
+    for part, logits, new, norm in steer(lm, rows, hook_name, edit, positions, at, at_once):
+        own = targets[part].to(new.device)
+        measured = [kl_divergence(logits, new), (new - logits).abs().amax(-1)]
+        measured += [target_logprob(logits, new, own), specificity(logits, new, own)]
+        means = [m.mean(2) if each_context else m.mean((1, 2)) for m in measured]
+        norm = norm[:, None] if each_context else norm
+        means += [norm, torch.where(norm > 0, means[2] / norm.clamp_min(1e-12), 0)]
+        for more in also.values():
+            change = target_logprob(logits, new, more[part].to(new.device))
+            means.append(change.mean(2) if each_context else change.mean((1, 2)))
+        parts.append([m.cpu() for m in means])
+    return {name: torch.cat(found) for name, found in zip([*MEASURES, *also], zip(*parts))}
+
+
+def check_targets(targets, n: int, d_vocab: int) -> Tensor:
+    """Tokens [n, n_targets], a row for each intervention; ValueError for others."""
+    flat, shape = indices("targets", targets, d_vocab, "the vocabulary"), torch.as_tensor(targets).shape
+    if len(shape) != 2 or shape[0] != n:
+        raise ValueError(
+            f"targets have shape {list(shape)}: they have to be [{n}, n_targets], a row for each intervention"
+        )
+    return flat.view(shape)
+
+
+def latent_effects(
+    lm, rows, hook_name: str, directions: Tensor, norm: float, *, tokens=None, at_once: int = AT_ONCE
+) -> dict[str, Tensor]:
+    """Add each direction, scaled to `norm`, at positions ≥ 1 of every row, and measure the predictions made there.
+
+    rows [contexts, n_ctx] tokens; directions [n, d_in], of any length but 0; tokens [n]: each direction's own token, by default
+    the first of its `direct_logits`. Means over contexts and positions ≥ 1, each [n]:
+
+    kl: KL(unsteered ‖ steered) in nats. max_logit: max over the vocabulary of |Δ logit|. own_logprob: change of log p of the
+    direction's own token, in nats. And tokens [n].
+    """
+    pushes = scaled(directions, norm).to(lm.cfg.device)
+    tokens = direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens
+    found = effects(lm, rows, hook_name, Add(pushes), tokens[:, None], at_once=at_once)
+    return {
+        "kl": found["kl"],
+        "max_logit": found["max_logit"],
+        "own_logprob": found["target_logprob"],
+        "tokens": tokens,
+    }
+
+
+def scaled(directions: Tensor, norm: float) -> Tensor:
+    """Directions [n, d_in] at length `norm`; ValueError for one of length 0."""
+    norm = real("norm", norm)
+    lengths = directions.detach().norm(dim=1, keepdim=True)
+    if not (lengths > 0).all():
+        raise ValueError(f"direction {int((lengths == 0).nonzero()[0, 0])} has length 0: it cannot be made {norm} long")
+    return norm * directions.detach() / lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    lm, rows, n_new: int, hook_name: str, edit, positions=None, *, temperature=1.0, seed=0, cached=True, at_once=AT_ONCE
+) -> Tensor:
+    """Continue contexts under n interventions, [n, contexts, n_prompt + n_new]; rows [contexts, n_prompt] or [n, contexts, n_prompt].
+
+    positions: where `edit` acts (default all but 0, generated ones too). Token t+1 = argmax(logits / temperature + Gumbel
+    noise), a sample; all interventions share the noise, so that they differ by what they do and not by luck. temperature 0:
+    greedy. `cached=False` runs the whole text at every step: the same, slowly; so does a model whose cache is not exact.
+    Raises ValueError if the text would be longer than the model's context.
+    """
+    from transformers import DynamicCache
+
+    check_hook(lm, hook_name)
+    rows, n_new = as_tokens(lm, rows), whole("n_new", n_new)
+    temperature, seed = real("temperature", temperature, least=0), whole("seed", seed, least=0)
+    cached = cached and cache_is_exact(lm)
+    rows = rows.expand(len(edit), -1, -1)
+    n_contexts, n_prompt = rows.shape[1:]
+    if n_prompt + n_new > lm.cfg.n_ctx:
+        raise ValueError(f"{n_prompt} + n_new={n_new} tokens are more than the model's context of {lm.cfg.n_ctx}")
+    mask = check_positions(positions, n_prompt + n_new).to(rows.device)
+    chunk = max(1, at_once // (n_contexts * max(lm.cfg.d_vocab, n_prompt * lm.cfg.d_model * 8)))
+    done = []
+    for start in range(0, len(edit), chunk):
+        some, text = edit[start : start + chunk], rows[start : start + chunk].flatten(0, 1)
+        noise = torch.Generator().manual_seed(seed)
+        cache = DynamicCache() if cached else None
+        for step in range(n_new):
+            first = text.shape[1] - 1 if cached and step else 0  # position of the first token that this step runs
+
+            def change(x, hook, some=some, first=first):
+                split = x.flatten(2).unflatten(0, (len(some), n_contexts))
+                new = torch.where(mask[first : first + x.shape[1], None], some(split), split)
+                return new.to(x.dtype).reshape(x.shape).contiguous()
+
+            more = {"past_key_values": cache, "use_cache": True} if cached else {}
+            last = ("unembed.hook_in", lambda h, hook: h[:, -1:])
+            logits = lm.run_with_hooks(text[:, first:], fwd_hooks=[(hook_name, change), last], **more)[:, -1].float()
+            if temperature:
+                uniform = torch.rand(n_contexts, logits.shape[-1], generator=noise).clamp_min(1e-20)
+                gumbel = -(-uniform.log()).clamp_min(1e-20).log()
+                logits = logits / temperature + gumbel.to(logits.device).repeat(len(some), 1)
+            text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
+        done.append(text.unflatten(0, (len(some), n_contexts)))
+    return torch.cat(done)
+
+
+@torch.no_grad()
+def cache_is_exact(lm) -> bool:
+    """Whether a few tokens in two parts, with Hugging Face's cache between, give the logits of one run; found once per model."""
+    from transformers import DynamicCache
+
+    if "cache_is_exact" not in vars(lm):
+        tokens, cache = few_tokens(lm), DynamicCache()
+        first, rest = tokens.tensor_split(2, 1)
+        lm.cache_is_exact = False
+        with contextlib.suppress(
+            AttributeError, IndexError, RuntimeError, TypeError, ValueError
+        ):  # a cache of its own kind
+            logits = torch.cat([lm(part, past_key_values=cache, use_cache=True) for part in (first, rest)], 1)
+            lm.cache_is_exact = agree(logits, lm(tokens))
+    return lm.cache_is_exact
+
+
+@torch.no_grad()
+def generation_nats(lm, generated: Tensor, n_prompt: int, batch_rows: int = 64) -> Tensor:
+    """Cross-entropy of the generated tokens under the unsteered model, a mean over them, [n, contexts]; perplexity is exp of it."""
+    rows = as_tokens(lm, generated).flatten(0, 1)
+    n_prompt = whole("n_prompt", n_prompt, most=rows.shape[1] - 1)
+    keep = ("unembed.hook_in", lambda h, hook: h[:, n_prompt - 1 :])
+    losses = [
+        token_loss(lm.run_with_hooks(part, fwd_hooks=[keep]), part[:, n_prompt - 1 :]).mean(1)
+        for part in rows.split(batch_rows)
+    ]
+    return torch.cat(losses).view(generated.shape[:2]).cpu()
+
+
+def closes_bracket(text: str) -> bool:
+    """Whether a closing bracket comes that the text did not open itself."""
+    depth = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if depth < 0:
+            return True
+    return False
+
+
+CONCEPTS = {  # what a continuation of Python source can be checked for; a token that stands for it; the check
+    "self": (" self", lambda text: bool(re.search(r"\bself\b", text))),
+    "docstring": ('"""', lambda text: '"""' in text or "'''" in text),
+    "raise": (" raise", lambda text: bool(re.search(r"\braise\b", text))),
+    "closed bracket": (")", closes_bracket),
+}
+
+
+def success_rate(lm, generated: Tensor, n_prompt: int, check) -> np.ndarray:
+    """Share of the contexts whose continuation passes `check` (text → bool), for each intervention [n]."""
+    return np.array([[check(lm.tokenizer.decode(t)) for t in one[:, n_prompt:].tolist()] for one in generated]).mean(1)
+
+
+def breaks_at(strengths, nats, factor: float = 2.0) -> float:
+    """The strength at which fluency breaks: where the perplexity of what is generated is first `factor` (ours) times that
+    without steering, linearly interpolated in nats; the largest strength if it never is.
+
+    strengths rising from 0; nats [n_strengths], mean cross-entropy of generations. ValueError if the first strength is not 0.
+    """
+    if len(strengths) != len(nats) or not (np.diff(strengths) > 0).all():
+        raise ValueError(
+            f"{len(strengths)} strengths for {len(nats)} losses: they have to rise, with one loss for each"
+        )
+    if strengths[0] != 0:
+        raise ValueError(f"strengths begin at {strengths[0]:g}: the first has to be 0, the unsteered model")
+    excess = np.asarray(nats, dtype=float) - nats[0] - np.log(factor)
+    broken = np.flatnonzero(excess > 0)
+    if not len(broken):
+        return float(strengths[-1])
+    around = slice(broken[0] - 1, broken[0] + 1)
+    return float(np.interp(0, excess[around], strengths[around]))
+
+
+def useful_range(strengths, effect, nats, factor: float = 2.0) -> float:
+    """The effect that can be had before fluency breaks: the largest `effect` [n_strengths] up to `breaks_at`, interpolated there."""
+    effect, end = np.asarray(effect, dtype=float), breaks_at(strengths, nats, factor)
+    return float(max(np.interp(end, strengths, effect), effect[np.asarray(strengths) <= end].max()))

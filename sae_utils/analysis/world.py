@@ -1,0 +1,126 @@
+"""Synthetic data in which every part of an SAE's error is known, so that the probes of `sae_utils.dark_matter` can be scored (ours)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .dark_matter import map_from
+from .least_squares import Moments
+
+KINDS = ("white", "anisotropic", "grows", "of x")  # of introduced error
+
+
+@dataclass
+class World:
+    """x = Σ_i w_i y_i + dense + noise: sparse features y_i of unit norm with Zipf's frequencies, a dense Gaussian part of low rank, white noise.
+
+    The imagined SAE knows the n_known most frequent features exactly, returns `shrink` of their weights, and adds an error of its own.
+    """
+
+    d_in: int = 64
+    n_features: int = 256
+    n_known: int = 128
+    l0: float = 8.0
+    dense: float = 0.3  # standard deviations per coordinate, beside features of mean weight 1
+    rank: int = 8
+    noise: float = 0.0
+    introduced: float = 0.1
+    shrink: float = 1.0
+    introduced_kind: str = "white"  # one of KINDS: "grows" with the token's ‖x‖, "of x" is a function of it
+    seed: int = 0
+
+    def draw(self, n: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """x [n, d_in] and the parts of e = x − x̂, which add up to it: absent, dense, noise, shrinkage, introduced."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        if self.introduced_kind not in KINDS:
+            raise ValueError(f"introduced_kind={self.introduced_kind!r}: {', '.join(KINDS)} are there")
+        directions = normalize(normal(self.n_features, self.d_in), dim=1)
+        frequency = 1 / torch.arange(1, self.n_features + 1)
+        frequency = (self.l0 * frequency / frequency.sum()).clamp_max(0.5)
+        weights = (torch.rand(n, self.n_features, generator=generator) < frequency) * (
+            0.5 + torch.rand(n, self.n_features, generator=generator)
+        )
+        known, absent = weights.clone(), weights.clone()
+        known[:, self.n_known :], absent[:, : self.n_known] = 0, 0
+        basis = normalize(normal(self.rank, self.d_in), dim=1) * (self.d_in / self.rank) ** 0.5
+        parts = {"absent": absent @ directions, "dense": self.dense * normal(n, self.rank) @ basis}
+        parts["noise"] = self.noise * normal(n, self.d_in)
+        seen = known @ directions
+        x = seen + sum(parts.values())
+        parts["shrinkage"] = (1 - self.shrink) * seen
+        own = self.introduced * normal(n, self.d_in)
+        if self.introduced_kind == "anisotropic":
+            own = own * (torch.arange(self.d_in) < self.d_in // 8) * 8**0.5
+        if self.introduced_kind == "grows":
+            length = x.norm(dim=1, keepdim=True)
+            own = own * length / length.square().mean().sqrt()
+        if self.introduced_kind == "of x":
+            own = ((x - x.mean(0)) @ normal(self.d_in, self.d_in)).relu()
+            own = self.introduced * (own - own.mean(0)) / own.std()
+        return x, parts | {"introduced": own}
+
+
+def attribution(x: Tensor, parts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Where each part of e = Σ parts goes: share of tr Cov(e), and the shares of it in the linear and the nonlinear error.
+
+    With p a part, tr Cov(N, p) summed over parts is tr Cov(N): an exact account of the nonlinear error, and so for the linear one.
+    "kept" = tr Cov(L, p) / tr Cov(e, p), the share of a part that the linear error takes. Fitted and scored on halves of x [n, d_in].
+    """
+    half, error = len(x) // 2, sum(parts.values())
+    moments = Moments()
+    moments.add(x[:half], error[:half])
+    linear = moments.fit()(x[half:])
+    nonlinear = error[half:] - linear
+
+    def trace(a, b):
+        return float(((a - a.mean(0)) * (b - b.mean(0))).double().sum())
+
+    total = trace(error[half:], error[half:])
+    account = {}
+    for name, part in parts.items():
+        part = part[half:]
+        whole = trace(error[half:], part)
+        account[name] = {"share": whole / total, "linear": trace(linear, part) / total}
+        account[name] |= {
+            "nonlinear": trace(nonlinear, part) / total,
+            "kept": trace(linear, part) / whole if whole else 0.0,
+        }
+    return account
+
+
+def attribution_error(account: dict[str, dict[str, float]]) -> float:
+    """Σ over parts of the share of tr Cov(e) on the side where the paper does not read it.
+
+    The paper reads NonlinearError as what the SAE introduced and LinearError as all else.
+    """
+    return sum(abs(part["linear" if name == "introduced" else "nonlinear"]) for name, part in account.items())
+
+
+def norm_r2(x: Tensor, part: Tensor) -> float:
+    """R² of ‖part‖² from x, both [n, d_in]; fitted and scored on halves."""
+    half, row = len(x) // 2, torch.arange(len(x))
+    fit, test = ([{"x": x[at], "part": part[at], "row": row[at]}] for at in (slice(half), slice(half, None)))
+    return map_from(lambda b: b["x"], lambda b: b["part"].square().sum(1, keepdim=True), fit, test).r2()
+
+
+def noise_grid(levels, n_known=(256, 192, 128), n: int = 8000, seed: int = 0) -> dict[str, Tensor]:
+    """Shares of the error of `World`s: `introduced` as it is, `nonlinear` as probed, for every input noise and introduced error.
+
+    levels: standard deviations, for both; n_known: how many of 256 features, the most frequent, the SAE has. [n_worlds] each.
+    """
+    found = {"n_known": [], "noise": [], "introduced": [], "nonlinear": []}
+    for known in n_known:
+        for noise in levels:
+            for introduced in levels:
+                world = World(n_known=known, noise=float(noise), introduced=float(introduced), seed=seed)
+                account = attribution(*world.draw(n))
+                nonlinear = sum(part["nonlinear"] for part in account.values())
+                for key, value in zip(found, (known, noise, account["introduced"]["share"], nonlinear)):
+                    found[key].append(float(value))
+    return {key: torch.tensor(value) for key, value in found.items()}

@@ -1,0 +1,304 @@
+"""Notebooks and their parameters: read without running, checked by name, type and range before a kernel starts.
+
+Imports no torch, so that the sweep runner can use it.
+"""
+
+import ast
+import contextlib
+import difflib
+import functools
+import itertools
+import numbers
+import operator
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..activations.model_files import find_model
+from ..code import code_hash
+from ..files import ROOT, read_json, read_table
+from ..values import is_bool, near, one_of, real, whole
+
+TYPES = re.compile(r"(bool|int|float|str|list|dict)|list\[(bool|int|float|str)\]")
+BLOCK_HOOKS = """hook_in hook_out hook_resid_pre hook_resid_mid hook_resid_post hook_attn_in hook_attn_out hook_mlp_in hook_mlp_out
+    hook_q_input hook_k_input hook_v_input""".split()  # those of a block itself; those of its parts differ between models
+
+
+class Parameter(NamedTuple):
+    default: Any
+    type: str  # "bool", "int", "float", "str", "list[int]", ...: as declared, else that of the default
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Notebooks and their parameters
+# ---------------------------------------------------------------------------------------------------------------------
+def notebooks_dir() -> Path:
+    """Where notebooks are: `$SAE_UTILS_NOTEBOOKS` (tests), or `notebooks/` of the repository."""
+    return Path(os.environ.get("SAE_UTILS_NOTEBOOKS") or ROOT / "notebooks").expanduser().resolve()
+
+
+def notebook_path(name: str) -> Path:
+    """The file of a notebook given by its name (`"01_train_topk"`); FileNotFoundError lists those there are."""
+    names = sorted(file.stem for file in notebooks_dir().glob("*.ipynb") if file.is_file())
+    if name not in names:  # a path such as "../other" is none of them
+        directory, there = notebooks_dir(), ", ".join(names) or "no notebook"
+        raise FileNotFoundError(f"no notebook {name!r} in {directory}{near(name, names)}: it has {there}")
+    return notebooks_dir() / f"{name}.ipynb"
+
+
+def code_cells(path) -> list[tuple[list[str], str]]:
+    """(tags, source) of every code cell; ValueError for a file that is no notebook."""
+    try:
+        cells = [cell for cell in read_json(path)["cells"] if cell["cell_type"] == "code"]
+        return [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in cells]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no Jupyter notebook of format 4 ({error!r}): convert or remove it") from None
+
+
+def notebook_hash(path) -> str:
+    """`code_hash` of a notebook's code cells but for its parameters, which are in a run's identity by themselves."""
+    return code_hash(*(source for tags, source in code_cells(path) if "parameters" not in tags))
+
+
+def parameters_of(path) -> dict[str, Parameter]:
+    """Name, default and type of each parameter, read from the code cell tagged `parameters` without running it.
+
+    The cell holds plain assignments of literals, annotated (`k: int = 32`) or not; ValueError for anything else.
+    """
+    found = {}
+    cell = next((source for tags, source in code_cells(path) if "parameters" in tags), "")
+    for line in ast.parse(cell).body:
+        try:
+            (target,) = [line.target] if isinstance(line, ast.AnnAssign) else line.targets
+            name, default = target.id, ast.literal_eval(line.value)
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(f"{path}, parameters cell: {ast.unparse(line)!r} is not `name = literal`") from None
+        declared = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else type_of(default)
+        if not TYPES.fullmatch(declared):
+            raise ValueError(f"{path}, parameters cell: {name} is {declared}, which papermill cannot pass")
+        found[name] = Parameter(checked(name, default, declared), declared)
+    return found
+
+
+def type_of(value) -> str:
+    if isinstance(value, list) and value:
+        kinds = {type(item) for item in value}
+        kind = float if kinds == {int, float} else next(iter(kinds)) if len(kinds) == 1 else None
+        return f"list[{kind.__name__}]" if kind in (bool, int, float, str) else "list"
+    return type(value).__name__
+
+
+def checked(name, value, declared):
+    """The value as papermill may pass it: numbers of NumPy become Python's, an int becomes a float where one is declared.
+
+    Raises TypeError if it has another type, ValueError for NaN, infinity and what is no text.
+    """
+    kind, _, element = declared.rstrip("]").partition("[")
+    if kind == "bool" and is_bool(value):
+        value = bool(value)
+    elif kind == "int" and not is_bool(value):
+        with contextlib.suppress(TypeError):
+            value = operator.index(value)
+    elif kind == "float" and isinstance(value, numbers.Real) and not is_bool(value):
+        value = real(name, value)
+    if type(value).__name__ != kind:
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}, but {name} is declared {declared}")
+    if kind == "str" and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(f"{name}={value!r}: it has to be Unicode text without NUL")
+    return [checked(f"{name}[{i}]", item, element) for i, item in enumerate(value)] if element else value
+
+
+def in_range(name, value):
+    """The value, each item of a list, as the rule of this name in `RULES` allows it; ValueError if it does not."""
+    rule = RULES.get(name)
+    if rule is None:
+        return value
+    if value == []:
+        raise ValueError(f"{name}=[]: it needs at least one value")
+    return (
+        [rule(f"{name}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else rule(name, value)
+    )
+
+
+def device_form(name, value) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        allowed = ["auto", "cpu", "cuda", "cuda:0", "mps"]
+        raise ValueError(f"{name}={value!r}{near(value, allowed)}: allowed are auto, cpu, cuda, cuda:0, ..., mps")
+    return value
+
+
+def hook_form(name, value) -> str:
+    """A hook as TransformerLens names it, `"blocks.3.hook_resid_pre"`; whether the model has it shows when it is loaded."""
+    block = re.fullmatch(r"blocks\.\d+\.(.+)", value)
+    if not re.fullmatch(r"([\w-]+\.)*hook_\w+", value) or value.startswith("blocks") and not block:
+        usual = [f"blocks.3.{hook}" for hook in BLOCK_HOOKS]
+        raise ValueError(
+            f"{name}={value!r}{near(value, usual)}: a hook is named as in 'blocks.3.hook_resid_pre' or 'blocks.0.attn.hook_z'"
+        )
+    if block and "." not in block[1]:
+        one_of(f"the last part of {name}", block[1], BLOCK_HOOKS)
+    return value
+
+
+RULES = dict.fromkeys(
+    """n_tokens n_eval_tokens n_rule_tokens n_latents n_contexts n_prompt n_new n_layer n_head n_ctx d_sae d_wide d_vocab d_model
+    k ks widths batch_size batch_rows""".split(),
+    whole,
+) | {  # what a parameter of this name can be in any notebook, each item where it is a list
+    "seed": functools.partial(whole, least=0, most=2**32 - 1),
+    "latent": functools.partial(whole, least=-1),
+    "lr": functools.partial(real, above=0),
+    "coefficients": functools.partial(real, above=0),
+    "beta": functools.partial(real, least=0),
+    "tune_share": functools.partial(real, above=0, most=0.99),
+    "device": device_form,
+    "hook_name": hook_form,
+}
+
+
+def check_together(name: str, p: dict) -> dict:
+    """All parameters of a run of notebook `name`, as they are, if they fit together and fit the language model.
+
+    Of the model only its config.json is read, where it is local. Raises ValueError naming parameter, value and what is allowed.
+    """
+
+    def need(parameter, allowed, because):
+        if parameter in p and not allowed(p[parameter]):
+            raise ValueError(f"{name}: {parameter}={p[parameter]!r}: {because}")
+
+    widths = {key: np.min(p[key]) for key in ("d_sae", "d_wide", "widths") if key in p}
+    if widths:
+        narrowest = min(widths, key=widths.get)
+        most = f"active latents per token are at most {narrowest}={p[narrowest]}"
+        for key in ("k", "ks"):
+            need(key, lambda v: np.max(v) <= widths[narrowest], most)
+    need("coefficients", lambda v: len(v) > 1, "a sweep over them needs at least two values")
+    shape = {} if p.get("retrain") else config_of(p.get("model", ""))
+    n_layers, n_ctx = shape.get("n_layers"), shape.get("n_ctx")
+    if n_layers and (found := re.match(r"blocks\.(\d+)\.", p.get("hook_name", ""))):
+        need("hook_name", lambda _: int(found[1]) < n_layers, f"{p['model']} has layers 0 to {n_layers - 1}")
+    if n_ctx:
+        for key in ("n_tokens", "n_eval_tokens", "n_rule_tokens"):
+            need(key, lambda v: v >= n_ctx, f"less than one row of the model's context of {n_ctx} tokens")
+        longest = n_ctx - p.get("n_new", 0)
+        room = f"beside n_new={p.get('n_new')} the model's context has room for {longest} tokens"
+        need("n_prompt", lambda v: v <= longest, room)
+        if "n_tokens" in p:
+            activations = p["n_tokens"] // n_ctx * (n_ctx - 1)
+            need(
+                "batch_size", lambda v: v <= activations, f"n_tokens={p['n_tokens']:,} give {activations:,} activations"
+            )
+    if "n_head" in p:
+        need("d_model", lambda v: v % p["n_head"] == 0, f"it has to be a multiple of n_head={p['n_head']}")
+    if name == "05_train_adaptive" and {"d_sae", "d_wide", "k"} <= set(p):
+        wide = max(p["d_sae"], p["d_wide"])
+        need("batch_size", lambda v: v * p["k"] >= wide, f"Feature Choice needs batch_size · k of at least {wide}")
+    return p
+
+
+def config_of(model: str) -> dict:
+    """n_layers, d_model, n_heads, n_ctx and d_vocab of a local model, as far as its config.json says so; of a hub name nothing."""
+    if not model or not (directory := find_model(model)):
+        return {}
+    names = {
+        "n_layers": ("n_layer", "num_hidden_layers", "num_layers"),
+        "d_model": ("n_embd", "hidden_size"),
+        "n_heads": ("n_head", "num_attention_heads"),
+        "n_ctx": ("n_positions", "max_position_embeddings"),
+        "d_vocab": ("vocab_size",),
+    }
+    config = read_table(directory / "config.json")
+    found = {key: next((config[name] for name in of_key if name in config), None) for key, of_key in names.items()}
+    return {key: value for key, value in found.items() if type(value) is int and value > 0}
+
+
+def declared_in(path, names) -> dict[str, Parameter]:
+    """A notebook's parameters; KeyError if one of the names is not among them."""
+    found = parameters_of(path)
+    for name in names:
+        if name not in found:
+            raise KeyError(f"{Path(path).stem} has no parameter {name!r}{near(name, found)}: it has {', '.join(found)}")
+    return found
+
+
+def check_parameters(path, params) -> dict:
+    """Some of a notebook's parameters, checked: KeyError for a name it does not declare, else as `checked` and `in_range`."""
+    known = declared_in(path, params)
+    return {name: in_range(name, checked(name, value, known[name].type)) for name, value in params.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sweep files
+# ---------------------------------------------------------------------------------------------------------------------
+
+TIER = "SAE_UTILS_TIER"  # the environment variable that names the sweep in force
+
+
+def read_sweep(path) -> dict[str, dict]:
+    """The tables of a sweep file, checked: notebooks that exist, shared names that some notebook declares."""
+    try:
+        tables = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        why = "no such sweep file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise FileNotFoundError(f"{path}: {why}{instead_of(path)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}{instead_of(path)}") from None
+    declared = {name for file in notebooks_dir().glob("*.ipynb") for name in parameters_of(file)}
+    for table, values in tables.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: {table!r} stands outside of a table; write it under [shared] or [NOTEBOOK]")
+        if table != "shared":
+            notebook_path(table)
+    for name in tables.get("shared", {}):
+        if name not in declared:
+            raise KeyError(f"{path}, [shared]: no notebook declares {name!r}{near(name, declared)}")
+    return tables
+
+
+def instead_of(path) -> str:
+    """What was meant, as far as the name of what is no sweep file shows it: a notebook, or a sweep file of the repository."""
+    name, sweeps = Path(path).stem, sorted((ROOT / "sweeps").glob("*.toml"))
+    notebooks = [file.stem for file in notebooks_dir().glob("*.ipynb")]
+    if found := difflib.get_close_matches(name, notebooks, 1):
+        return f". One notebook is executed by: python -m sae_utils.sweep run {found[0]}"
+    found = difflib.get_close_matches(name, [file.stem for file in sweeps], 1)
+    meant = [os.path.relpath(file) for file in sweeps if file.stem in found]
+    return f" (did you mean {meant[0]}?)" if meant and not Path(path).exists() else ""
+
+
+def combinations(tables, name: str) -> list[dict]:
+    """The parameters that a sweep sets for one notebook: one dict for each run, swept lists as their product."""
+    own = tables.get(name, {})
+    declared = declared_in(notebook_path(name), own)
+    values = {key: value for key, value in tables.get("shared", {}).items() if key in declared} | own
+    swept = {key for key, value in values.items() if type(value) is list and not declared[key].type.startswith("list")}
+    for key in swept:
+        if not values[key]:
+            raise ValueError(f"{name}: {key} = [] leaves nothing to run")
+    axes = [value if key in swept else [value] for key, value in values.items()]
+    return [check_parameters(notebook_path(name), dict(zip(values, point))) for point in itertools.product(*axes)]
+
+
+def resolve(name: str, params: dict) -> dict:
+    """All parameters of a run: those given, else those of the sweep in force, else the notebook's defaults."""
+    tier = os.environ.get(TIER)
+    in_force = combinations(read_sweep(tier), name)[0] if tier else {}
+    return check_together(name, defaults(name) | in_force | check_parameters(notebook_path(name), params))
+
+
+def defaults(name: str) -> dict:
+    return {key: parameter.default for key, parameter in parameters_of(notebook_path(name)).items()}
+
+
+def label(name: str, params: dict) -> str:
+    """A run in a line: the notebook and the parameters that differ from its defaults, or are none of it any more."""
+    try:
+        usual = defaults(name)
+    except FileNotFoundError:
+        usual = {}
+    changed = [f"{k}={v}" for k, v in params.items() if (k not in usual or v != usual[k]) and k != "output_dir"]
+    return " ".join([name, *changed])

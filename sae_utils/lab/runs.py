@@ -1,0 +1,386 @@
+"""One run of a notebook: its parameters, its identity, its directory and its manifest.
+
+A run lives in `<output_dir>/<notebook>/<run_id>/`: `manifest.json` says how it was made and whether it `finished`,
+`metrics.json` what came out, `saes/`, `figures/` and `checkpoints/` hold the rest. `run_id` names what determines the
+result: the notebook's code, its parameters, the text and the language model. The `sae_utils` sources are not in it: the manifest
+has a hash of every module that the run loaded, and a run made by other sources is found, and known to be *stale*.
+
+Imports no torch, so that the sweep runner can use it.
+"""
+
+import contextlib
+import importlib.metadata
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from filelock import Timeout
+
+from ..activations.model_files import model_hash
+from ..activations.text import corpus_hash
+from ..code import code_hash, source_hashes
+from ..files import OUTPUTS, PACKAGE, ROOT, digest, lock, read_table, replacing, write_json
+from .parameters import check_parameters, check_together, notebook_hash, notebook_path, parameters_of, resolve
+
+REFERENCE = OUTPUTS / "reference" / "runs"
+PACKAGES = ["torch", "transformer-lens", "transformers", "numpy", "sae-utils"]
+FIGURE_DPI = 130  # a 7-inch figure fills the width of a README
+KERNEL_WAIT = 10  # seconds; the kernel of a killed sweep outlives it by one or two
+DAMAGED = (OSError, OverflowError, ValueError)  # what reading a damaged file raises
+MANIFEST = dict(  # what every manifest holds; a finished run's has also `wall_seconds`
+    notebook=str, run_id=str, parameters=dict, seed=(int, type(None)), finished=bool, requires=dict, code=str, sources=dict
+)  # fmt: skip
+_current = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identity
+# ---------------------------------------------------------------------------------------------------------------------
+def input_hashes(params) -> dict:
+    """Hashes of the text and of the language model that the parameters name, None where they name none."""
+    config = filter(None, [params.get("dataset_config")])
+    return {
+        "corpus": corpus_hash(params["dataset"], *config) if "dataset" in params else None,
+        "model": model_hash(params["model"]) if "model" in params else None,
+    }
+
+
+def run_id(path, params) -> str:
+    """12 hex digits naming what determines the result: notebook code, parameters but for `output_dir`, text and model."""
+    identity = {name: value for name, value in params.items() if name != "output_dir"}
+    return digest([notebook_hash(path), identity, input_hashes(params)], 12)
+
+
+def run_dir(path, params) -> Path:
+    """`<output_dir>/<notebook>/<run_id>`, see `output_dir`."""
+    return output_dir(params.get("output_dir", "")) / Path(path).stem / run_id(path, params)
+
+
+def output_dir(given: str = "") -> Path:
+    """Where runs go: the directory given, else `$SAE_UTILS_OUTPUT` (tests), else `outputs/`. `~` is the home directory.
+
+    ValueError if it can be no directory, since it or one above it is a file, or has no valid name.
+    """
+    base = given or os.environ.get("SAE_UTILS_OUTPUT") or OUTPUTS
+    try:
+        path = Path(base).expanduser().resolve()
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"output_dir={str(base)!r} cannot be a directory: {in_words(error)}") from None
+    if not nearest.is_dir():
+        raise ValueError(f"output_dir={str(base)!r}: {nearest} is a file, but runs need a directory")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+# ---------------------------------------------------------------------------------------------------------------------
+class Run:
+    """A run's directory and manifest. `start_run` makes the one in progress, `find_run` and `require` finished ones."""
+
+    def __init__(self, directory, manifest):
+        self.dir, self.manifest = Path(directory), manifest
+        self.name, self.id = manifest["notebook"], manifest["run_id"]
+        self.parameters = manifest["parameters"]
+        self.saes = self.dir / "saes"
+
+    @property
+    def metrics(self) -> dict:
+        return read_table(self.dir / "metrics.json")
+
+    def sae(self, name):
+        """One of the SAEs that the run saved, by its name."""
+        from ..saes.files import load_sae
+
+        return load_sae(inside(self.saes, name))
+
+    def stale(self) -> str:
+        """Why the run no longer is what its code would give, or `""`."""
+        if changed := changed_sources(self.manifest["sources"]):
+            return f"made by other sae_utils sources ({changed})"
+        if not same_code(self.name, self.manifest["code"]):
+            return "its notebook has changed since"
+        for file, code in self.manifest.get("own_modules", {}).items():
+            if not Path(file).is_file() or hash_of_module(file) != code:
+                return f"{file}, which its notebook imports, has changed since"
+        for required, made_by in self.manifest["requires"].items():
+            name = required.partition("/")[0]
+            if changed := changed_sources(made_by["sources"]):
+                return f"required {required}, which other sae_utils sources made ({changed})"
+            if not same_code(name, made_by["code"]):
+                return f"required {required}, whose notebook has changed since"
+            if not asked_alike(name, made_by):
+                return f"required {required}, but the sweep or the notebook's defaults now give other parameters"
+        return ""
+
+    def figure(self, figure, name) -> None:
+        """Save a matplotlib figure as `figures/<name>.png`."""
+        with replacing(inside(self.dir / "figures", f"{name}.png")) as new:
+            figure.savefig(new, format="png", dpi=FIGURE_DPI, bbox_inches="tight")
+
+    def checkpoint(self, name) -> Path:
+        """Where training keeps its checkpoint of this name; gone once the run finishes."""
+        return inside(self.dir / "checkpoints", name)
+
+    def record(self, required, asked=None) -> None:
+        """Remember that this run used another one, which parameters it `asked` for, and whatever that one used."""
+        made_by = {key: required.manifest[key] for key in ("sources", "code")}
+        if asked is not None:
+            made_by |= {"asked": asked, "parameters": required.parameters}
+        requires = self.manifest["requires"] | required.manifest["requires"]
+        self.manifest["requires"] = requires | {f"{required.name}/{required.id}": made_by}
+        write_json(self.dir / "manifest.json", self.manifest)
+
+    def finish(self, metrics: dict) -> None:
+        """Write `metrics.json` (no times: equal seeds give equal bytes) and mark the run as finished."""
+        if "torch" in sys.modules and not self.seeded_torch:
+            raise RuntimeError("torch was imported after start_run, so the seed never reached it: import it before")
+        write_json(self.dir / "metrics.json", plain(metrics))
+        modules = {
+            name.removeprefix("sae_utils.").replace(".", "/") for name in sys.modules if name.startswith("sae_utils.")
+        }
+        loaded = {f"{module}{end}" for module in modules for end in (".py", "/__init__.py")}
+        sources = {name: value for name, value in self.manifest["sources"].items() if name in loaded}
+        seconds = round(time.monotonic() - self.started, 2)
+        self.manifest |= {"finished": True, "sources": sources, "own_modules": own_modules(), "wall_seconds": seconds}
+        write_json(self.dir / "manifest.json", self.manifest)
+        shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
+        self.lock.release()
+
+
+def inside(directory: Path, name: str) -> Path:
+    """A file or directory of this name right in a directory; ValueError for a name that would lead out of it."""
+    if not isinstance(name, str) or "\0" in name or name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"{name!r} cannot name what is saved in {directory}: it has to be one name without / in it")
+    return Path(directory) / name
+
+
+def same_code(name: str, code: str) -> bool:
+    """Whether a notebook is there and its code is the one with this hash."""
+    try:
+        return notebook_hash(notebook_path(name)) == code
+    except FileNotFoundError:
+        return False
+
+
+def asked_alike(name: str, made_by: dict) -> bool:
+    """Whether `require` would ask for the same parameters now: those not asked for come from the sweep in force, or are defaults."""
+    try:
+        return "asked" not in made_by or resolve(name, made_by["asked"]) == made_by["parameters"]
+    except (AttributeError, KeyError, TypeError, ValueError):  # one of them is no parameter any more
+        return False
+
+
+def own_modules() -> dict[str, str]:
+    """{file: hash of its code} of the modules that this process loaded and that are neither installed nor of sae_utils."""
+    files = {getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]}
+    installed = re.compile(r"(site|dist)-packages")
+    theirs = [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, PACKAGE)]
+    own = [Path(file).resolve() for file in files if file.endswith(".py") and not installed.search(file)]
+    own = [file for file in own if file.is_file() and not any(file.is_relative_to(place) for place in theirs)]
+    return {str(file): hash_of_module(file) for file in sorted(own)}
+
+
+def hash_of_module(file) -> str:
+    return code_hash(Path(file).read_text(encoding="utf-8", errors="replace"))
+
+
+def changed_sources(made_by: dict) -> str:
+    """Those of the source files that are no longer as they were, `"sae.py, lm.py"`, or `""`."""
+    now = source_hashes()
+    return ", ".join(name for name, value in made_by.items() if now.get(name) != value)
+
+
+def start_run(name: str, namespace: dict) -> Run:
+    """Begin the run of notebook `name` with the parameters as they now stand in `namespace` (pass `globals()`).
+
+    Values injected by papermill and values changed by hand count alike. They are checked (TypeError), the random generators
+    of Python, NumPy and torch are seeded, and the run's directory is made. The unfinished run of the same sources
+    keeps its checkpoints, to be resumed; any other content there was is dropped.
+    Raises RuntimeError if another kernel is in the middle of this very run.
+    """
+    global _current
+    path = notebook_path(name)
+    missing = [parameter for parameter in parameters_of(path) if parameter not in namespace]
+    if missing:
+        raise NameError(f"{name}: {', '.join(missing)} not set. Run the parameters cell first.")
+    params = check_parameters(path, {parameter: namespace[parameter] for parameter in parameters_of(path)})
+    check_together(name, params)
+    seed = params.get("seed", 0)
+    random.seed(seed)
+    np.random.seed(seed)
+    device = "cpu"
+    if torch := sys.modules.get("torch"):  # a notebook without it is not made to load it
+        from ..device import resolve_device
+
+        torch.manual_seed(seed)
+        device = resolve_device(params.get("device", "auto"))
+
+    directory = run_dir(path, params)
+    if _current:
+        _current.lock.release()
+    # Held until the run finishes or this process ends. The sweep's own lock is not enough: a kernel outlives a killed sweep.
+    kernel_lock = lock(directory / "kernel")
+    try:
+        kernel_lock.acquire(timeout=KERNEL_WAIT)
+    except Timeout:
+        raise RuntimeError(
+            f"another kernel is in the middle of this run ({directory}): let it finish, or restart it; "
+            f"other parameters, such as another seed, make another run"
+        ) from None
+    manifest = {
+        "notebook": name,
+        "run_id": directory.name,
+        "parameters": params,
+        "seed": params.get("seed"),
+        "finished": False,
+        "requires": {},
+        "code": notebook_hash(path),
+        "sources": source_hashes(),  # `finish` leaves those that were loaded
+        **{f"{kind}_hash": value for kind, value in input_hashes(params).items()},
+        "device": device,
+        **environment(),
+    }
+    before = whole_run(directory)
+    if before is None or before.manifest["finished"] or before.manifest["sources"] != manifest["sources"]:
+        for part in ("checkpoints", "saes", "figures"):
+            remove(directory / part)
+    if (directory / "manifest.json").is_dir():
+        remove(directory / "manifest.json")
+    write_json(directory / "manifest.json", manifest)
+    remove(directory / "metrics.json")
+
+    _current = Run(directory, manifest)
+    _current.lock, _current.seeded_torch, _current.started = kernel_lock, bool(torch), time.monotonic()
+    return _current
+
+
+def current_run() -> Run | None:
+    """The run that this process last started."""
+    return _current
+
+
+def remove(path: Path) -> None:
+    """Delete whatever is there: a file, a directory with all in it, a link but not what it leads to, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def run_at(directory) -> Run:
+    """The run that a directory holds, finished or not.
+
+    OSError or ValueError, with the path, if its manifest or metrics are missing, damaged, incomplete or another run's.
+    """
+    path = Path(directory) / "manifest.json"
+    manifest = read_table(path)
+    kinds = MANIFEST | ({"wall_seconds": (int, float)} if manifest.get("finished") else {})
+    wrong = [key for key, kind in kinds.items() if key not in manifest or not isinstance(manifest[key], kind)]
+    if "parameters" not in wrong and manifest.get("seed") != manifest["parameters"].get("seed"):
+        wrong.append("seed")
+    made_by = [*manifest["requires"].values()] if "requires" not in wrong else []
+    if not all(isinstance(one, dict) and isinstance(one.get("sources"), dict) and "code" in one for one in made_by):
+        wrong.append("requires")
+    if not isinstance(manifest.get("own_modules", {}), dict):
+        wrong.append("own_modules")
+    if wrong:
+        raise ValueError(f"{path}: {', '.join(wrong)} missing or damaged. Delete it, and the run will be made again.")
+    if (manifest["notebook"], manifest["run_id"]) != (path.parent.parent.name, path.parent.name):
+        raise ValueError(f"{path} is of {manifest['notebook']!r}, run {manifest['run_id']!r}: it does not belong here")
+    if manifest["finished"]:
+        read_table(path.with_name("metrics.json"))
+    return Run(directory, manifest)
+
+
+def whole_run(directory) -> Run | None:
+    """`run_at`, or None if there is no run; one that is damaged counts as missing, with a warning."""
+    if not os.path.lexists(Path(directory) / "manifest.json"):
+        return None
+    try:
+        return run_at(directory)
+    except DAMAGED as error:
+        warnings.warn(f"{in_words(error)} (This run counts as missing.)")
+        return None
+
+
+@contextlib.contextmanager
+def plain_warnings():
+    """Warnings as lines of a command's output, each once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("once", category=UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr, flush=True)
+        yield
+
+
+def in_words(error: Exception) -> str:
+    """What an error says to a person: its message, of the system's errors with the path."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error.args[0]) if error.args else type(error).__name__
+
+
+def find_run(name: str, params: dict, needs_saes: bool = True) -> Run | None:
+    """The finished run of a notebook with all these parameters, stale or not (a fresh one first), or None.
+
+    Where its SAEs are not needed, the manifests and metrics committed under `outputs/reference/runs/` count too.
+    """
+    directory = run_dir(notebook_path(name), params)
+    places = [directory] if needs_saes else [directory, REFERENCE / name / directory.name]
+    found = [run for run in map(whole_run, places) if run and run.manifest["finished"]]
+    return min(found, key=lambda run: bool(run.stale()), default=None)
+
+
+def made_on(manifest: dict) -> str:
+    """The GPU that made a run, or the threads of the CPU: results are equal to the byte only where these are."""
+    return manifest.get("gpu") or f"CPU, threads: {manifest.get('threads')}"
+
+
+def environment() -> dict:
+    """Commit, versions and machine. Versions come from the packages' metadata: nothing is imported for them."""
+
+    def git(*command):
+        try:
+            return subprocess.check_output(["git", "-C", ROOT, *command], text=True, stderr=subprocess.DEVNULL).strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
+
+    def version(package):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    torch = sys.modules.get("torch")
+    return {
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": bool(git("status", "--porcelain")),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads() if torch else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
+    }
+
+
+def plain(value, name="metrics"):
+    """What JSON can hold: scalars and arrays of NumPy and torch as Python numbers and lists, NaN and infinity as None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    raise TypeError(f"{name} is of type {type(value).__name__}: metrics are numbers, strings, lists and dicts of them")

@@ -1,0 +1,312 @@
+"""Whole sweeps of notebooks, and the command line.
+
+    python -m sae_utils.sweep run NOTEBOOK [-p name value]...
+    python -m sae_utils.sweep runs [NOTEBOOK] [--output-dir DIR]
+    python -m sae_utils.sweep SWEEP.toml [--engine local|ray] [--list] [--dry-run] [--shard i/n] [--keep-stale]
+
+A sweep is a TOML file: a `[shared]` table, applied to every notebook that declares the name, then one table per notebook
+(`[01_train_topk]`) in the order of execution; an empty table is one run with the defaults. A list where the notebook
+declares a scalar is swept over, several lists as their product. `runs` lists what is finished. Imports no torch.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shlex
+import sys
+import threading
+import time
+from pathlib import Path
+
+from . import runs
+from .execute import KEEP_STALE, PARENT, RunFailed, run
+from .parameters import (
+    TIER,
+    check_together,
+    combinations,
+    declared_in,
+    defaults,
+    label,
+    notebook_path,
+    notebooks_dir,
+    read_sweep,
+)
+from .runs import DAMAGED, Run, in_words
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_value(name: str, text: str, declared: str):
+    """A value from the command line, by its declared type ("false" is False for a bool); ValueError if it has another."""
+    kind, _, element = declared.rstrip("]").partition("[")
+    try:
+        if element:
+            items = [item.strip().strip("'\"") for item in text.strip().removeprefix("[").removesuffix("]").split(",")]
+            return [parse_value(name, item, element) for item in items if item]
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        return {"int": int, "float": float, "str": str, "list": json.loads, "dict": json.loads}[kind](text)
+    except (KeyError, ValueError):
+        raise ValueError(f"-p {name} {text}: {name} is declared {declared}") from None
+
+
+def parse_values(name: str, pairs) -> dict:
+    """The (name, text) pairs of the command line as parameters of a notebook."""
+    declared = declared_in(notebook_path(name), [key for key, _ in pairs])
+    return {key: parse_value(key, text, declared[key].type) for key, text in pairs}
+
+
+def planned(path) -> list[tuple[str, dict]]:
+    """(notebook, all parameters) of every run of a sweep, in order."""
+    tables = read_sweep(path)
+    points = [(name, point) for name in tables if name != "shared" for point in combinations(tables, name)]
+    return [(name, check_together(name, defaults(name) | point)) for name, point in points]
+
+
+def notebook_name(text: str) -> str:
+    """The name of a notebook given by name or by path; ValueError for a path outside of the notebooks' directory, or a sweep."""
+    path = Path(text)
+    if path.suffix == ".toml":
+        raise ValueError(f"{text} is a sweep file, not a notebook: leave out `run`")
+    if path.suffix == ".ipynb" and path.resolve().parent != notebooks_dir():
+        raise ValueError(f"{text} is not in {notebooks_dir()}")
+    return path.stem if path.suffix == ".ipynb" else text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def state(name: str, params: dict) -> str:
+    """`"finished"`, `"stale (why)"` or `"missing"`; the runs committed as reference count."""
+    found = runs.find_run(name, params, needs_saes=False)
+    why = found.stale() if found else ""
+    return f"stale ({why})" if why else "finished" if found else "missing"
+
+
+def sweep(plan, keep_stale: bool = False, engine: str = "local", gpus: float = 1.0) -> int:
+    """Execute the planned runs; returns how many failed, after a table and the failures in full.
+
+    engine: "local", one after the other, or "ray", as many at once as there are resources for (`gpus` each).
+    """
+    rows, failures = {}, {}
+    numbered = [(name, params, f"[{i}/{len(plan)}] ") for i, (name, params) in enumerate(plan, start=1)]
+    attempts = (
+        on_ray(numbered, keep_stale, gpus) if engine == "ray" else map(attempt, numbered, itertools.repeat(keep_stale))
+    )
+    for name, params, error, outcome, minutes in attempts:
+        at = plan.index((name, params))
+        if error:
+            failures[at] = error
+        else:
+            done = runs.find_run(name, params, needs_saes=False)
+            shown = (minutes_of(done), key_metrics(done), done.dir) if done else ("", "damaged or gone meanwhile", "")
+            rows[at] = label(name, params), *shown
+        print(f"[{at + 1}/{len(plan)}] {label(name, params)}: {outcome}, {minutes:.1f} min", flush=True)
+    print()
+    print_table([("run", "minutes", "metrics", "directory"), *(rows[at] for at in sorted(rows))])
+    for at in sorted(failures):
+        print(f"\n{failures[at]}", file=sys.stderr)
+    return len(failures)
+
+
+def attempt(planned_run: tuple[str, dict, str], keep_stale: bool):
+    """One run of a sweep and its number there: (name, params, error or "", outcome in a word, minutes). Raises nothing."""
+    name, params, number = planned_run
+    start, there = time.monotonic(), state(name, params) == "finished"
+    error = ""
+    try:
+        run(name, params, keep_stale=keep_stale, needs_saes=False, tell=number)
+    except Exception as raised:
+        why = in_words(raised) if isinstance(raised, DAMAGED) else repr(raised)
+        error = str(raised) if isinstance(raised, RunFailed) else f"{label(name, params)} failed: {why}"
+    outcome = "FAILED" if error else "found" if there else "done"
+    return name, params, error, outcome, (time.monotonic() - start) / 60
+
+
+def on_ray(plan, keep_stale: bool, gpus: float):
+    """`attempt` for every planned run, in workers of Ray: those of this machine, or of the cluster at `$RAY_ADDRESS`.
+
+    Yields what `attempt` returns, as runs end. A run takes one CPU core, and a share `gpus` of a GPU where there is one.
+    The cluster's machines need the repository and `outputs/` at the same path (a shared file system).
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--engine ray needs Ray: pip install -e '.[ray]'") from None
+    ours = {key: value for key, value in os.environ.items() if key.startswith(("SAE_UTILS_", "HF_", "OMP_WAIT"))}
+    ray.init(runtime_env={"env_vars": ours}, include_dashboard=False, logging_level="ERROR")
+    try:
+        there = ray.cluster_resources().get("GPU", 0)
+        if gpus < 0 or 0 < there < gpus:  # asking for what is not there would wait for ever
+            raise ValueError(f"--gpus {gpus:g}: a run can have from 0 to the {there:g} GPUs that Ray has")
+        gpus = gpus if there else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(attempt)
+        running = {remote.remote(planned_run, keep_stale): planned_run for planned_run in plan}
+        while running:
+            (ended,), _ = ray.wait(list(running))
+            name, params, _ = running.pop(ended)
+            try:
+                yield ray.get(ended)
+            except ray.exceptions.RayError as error:  # a worker that died
+                yield name, params, f"{label(name, params)} failed: {error}", "FAILED", math.nan
+    finally:
+        ray.shutdown()
+
+
+def key_metrics(done: Run, n: int = 3) -> str:
+    """The metrics that the run lists under `"key"`, else its first few numbers."""
+    metrics = done.metrics
+    shown = {name: f"{name}={value:.4g}" for name, value in metrics.items() if type(value) in (int, float)}
+    key = metrics.get("key")
+    return (
+        " ".join(shown[str(name)] for name in key if str(name) in shown)
+        if isinstance(key, list)
+        else " ".join([*shown.values()][:n])
+    )
+
+
+def minutes_of(done: Run) -> str:
+    return f"{done.manifest['wall_seconds'] / 60:.1f}"
+
+
+def listed(name: str = "", output_dir: str = "") -> list[tuple]:
+    """A row for each finished run in a directory of runs, of one notebook if it is named, the newest first; damaged ones too."""
+    base, rows = runs.output_dir(output_dir), []
+    newest = sorted(base.glob(f"{name or '*'}/*/manifest.json"), key=lambda file: -os.lstat(file).st_mtime)
+    for directory in (file.parent for file in newest):
+        try:
+            done = runs.run_at(directory)
+            if done.manifest["finished"]:
+                state = f"stale ({why})" if (why := done.stale()) else "finished"
+                made = runs.made_on(done.manifest)
+                rows.append(
+                    (label(done.name, done.parameters), key_metrics(done), minutes_of(done), made, state, directory)
+                )
+        except DAMAGED as error:
+            rows.append((directory.parent.name, "", "", "", f"damaged ({in_words(error)})", directory))
+    return rows
+
+
+def print_table(rows) -> None:
+    """The rows with their columns aligned; characters that are none to see, such as those that steer a terminal, as escapes."""
+    rows = [["".join(c if c.isprintable() else repr(c)[1:-1] for c in str(item)) for item in row] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(item.ljust(width) for item, width in zip(row, widths)).rstrip())
+
+
+def print_estimates(plan, tflops: float, gbs: float) -> None:
+    """What the planned runs will take, as far as their models are known."""
+    from . import estimate
+
+    rows, basis = estimate.table(plan, tflops, gbs)
+    if rows:
+        print()
+        print_table([("run", "hours", "memory GiB", "for", "GPU alone GiB", "disk GiB"), *rows])
+        print(basis)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """`"i/n"`, 1 ≤ i ≤ n."""
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not i/n with 1 ≤ i ≤ n")
+    return int(i), int(n)
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone, be it killed; the kernel it drives then ends itself."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main(argv=None) -> int:
+    """The command line; returns the exit code: 0, 1 when a run failed, 2 for a mistake in what was asked, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    with runs.plain_warnings():
+        try:
+            return command(argv)
+        except RunFailed as error:
+            print(f"\n{error}", file=sys.stderr)
+            return 1
+        except (KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
+            print(f"error: {in_words(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            again = shlex.join(["python", "-m", "sae_utils.sweep", *argv])
+            print(
+                f"\nInterrupted. Finished runs are kept; the same command goes on where it stopped: {again}",
+                file=sys.stderr,
+            )
+            return 130
+
+
+def command(argv) -> int:
+    tell = ""
+    if PARENT in os.environ:  # `require` executes this; its caller says what it waits for
+        threading.Thread(target=end_with, args=(int(os.environ.pop(PARENT)),), daemon=True).start()
+        tell = None
+    one = argparse.ArgumentParser(prog="python -m sae_utils.sweep run", description="Execute one notebook.")
+    one.add_argument("notebook", help="its name, such as 01_train_topk, or its path")
+    one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="params")
+    past = argparse.ArgumentParser(prog="python -m sae_utils.sweep runs", description="List finished runs.")
+    past.add_argument("notebook", nargs="?", default="", help="only those of this one")
+    past.add_argument("--output-dir", default="", metavar="DIR", help="where the runs are, if not in outputs/")
+    many = argparse.ArgumentParser(
+        prog="python -m sae_utils.sweep",
+        description="Execute the runs of a sweep file. One run: `run NOTEBOOK`. What is finished: `runs [NOTEBOOK]`.",
+    )
+    many.add_argument("sweep", metavar="SWEEP.toml")
+    many.add_argument("--engine", choices=["local", "ray"], default="local")
+    many.add_argument("--gpus", type=float, default=1.0, help="share of a GPU for each run (engine ray)")
+    many.add_argument("--list", action="store_true", help="show the planned runs and their state")
+    many.add_argument(
+        "--dry-run", action="store_true", help="check all parameters; show what would be executed and what it takes"
+    )
+    many.add_argument("--tflops", type=float, default=0, help="for --dry-run: float32 products of the machine in mind")
+    many.add_argument("--gbs", type=float, default=0, help="for --dry-run: its memory bandwidth, GB/s")
+    many.add_argument(
+        "--shard", type=shard, default=(1, 1), metavar="i/n", help="only every n-th planned run, from the i-th"
+    )
+    for parser in (one, many):
+        parser.add_argument("--keep-stale", action="store_true", help="use runs made by other sae_utils sources")
+    if argv[:1] == ["runs"]:
+        args = past.parse_args(argv[1:])
+        name = notebook_name(args.notebook)
+        rows = listed(name and notebook_path(name).stem, args.output_dir)
+        titles = [("run", "metrics", "minutes", "made on", "state", "directory")] if rows else []
+        print_table(titles + rows or [(f"no finished run in {runs.output_dir(args.output_dir)}",)])
+        return 0
+    args = one.parse_args(argv[1:]) if argv[:1] == ["run"] else many.parse_args(argv)
+    if args.keep_stale:
+        os.environ[KEEP_STALE] = "1"  # for the notebooks' own `require`
+    if argv[:1] == ["run"]:
+        name = notebook_name(args.notebook)
+        done = run(name, parse_values(name, args.params), tell=tell)
+        print_table([(label(name, done.parameters), key_metrics(done), done.dir)])
+        return 0
+    i, n = args.shard
+    if args.dry_run:  # asks no hub, so that one forbidden or not reached is no mistake
+        os.environ.pop("HF_HUB_OFFLINE", None)
+    plan = planned(args.sweep)[i - 1 :: n]
+    os.environ[TIER] = str(Path(args.sweep).resolve())
+    states = [state(name, params) for name, params in plan]  # reads all inputs, so that mistakes show at once
+    if args.list or args.dry_run:
+        ready = ["finished"] + [s for s in states if args.keep_stale and s.startswith("stale")]
+        shown = [(s, run) for s, run in zip(states, plan) if args.list or s not in ready]
+        print_table([(s, label(*run)) for s, run in shown] or [("nothing to do",)])
+        if args.dry_run:
+            print_estimates([run for _, run in shown], args.tflops, args.gbs)
+        return 0
+    return 1 if sweep(plan, args.keep_stale, args.engine, args.gpus) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

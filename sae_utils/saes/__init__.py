@@ -1,0 +1,1 @@
+"""SAE architectures, one a file, and their directories on disk."""

@@ -1,0 +1,43 @@
+"""The TopK SAE: the k largest latents of every token."""
+
+from torch import Tensor
+
+from ..sparse.select_encode import (
+    Active,
+    sparse_decode,
+    topk_encode,
+)
+from ..values import whole
+from .base import SAE, SAEOutput
+
+
+class TopKSAE(SAE):
+    """Keep the k largest latents of every token (arXiv 2406.04093; the base of arXiv 2411.10397 and 2410.14670).
+
+        latents = TopK(relu((x − b_dec) W_enc + b_enc)),    x̂ = latents W_dec + b_dec
+
+    k: active latents per token, 1 ≤ k ≤ d_sae; fewer where fewer pre-activations are positive.
+    """
+
+    architecture = "topk"
+
+    def __init__(self, d_in: int, d_sae: int, k: int = 32):
+        super().__init__(d_in, d_sae)
+        self.k = whole("k", k, 1, self.d_sae)
+
+    @property
+    def arguments(self) -> dict:
+        return super().arguments | {"k": self.k}
+
+    def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
+        rows = self.rows(x)
+        values, active = self.select(rows, grad)
+        x_hat = sparse_decode(values, active, self.W_dec) + self.b_dec
+        if self.training:
+            self.count(active.indices[values > 0], len(rows))
+        shape = len(rows), self.k
+        return SAEOutput(x_hat.view(x.shape), values.view(shape), active.indices.view(shape), active=active)
+
+    def select(self, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, Active]:
+        """Values [batch · k] and where they are."""
+        return topk_encode(rows, self.W_enc, self.b_enc, self.b_dec, self.k)

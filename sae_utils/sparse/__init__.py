@@ -1,0 +1,1 @@
+"""Sparse encoding and decoding with hand-written backward passes."""

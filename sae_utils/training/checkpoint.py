@@ -1,0 +1,71 @@
+"""Checkpoints of a training: everything that resuming it bit for bit needs."""
+
+import json
+import sys
+import warnings
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..code import source_hashes
+from ..files import replacing
+from ..saes.files import tensors_hash
+
+CODE = ("training/", "saes/", "sparse/", "activations/")  # the rooms whose code trains
+
+
+def save_checkpoint(path, jobs, optimizers, parts: dict, step: int, history: list[dict]) -> None:
+    tensors = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng_cuda"] = torch.cuda.get_rng_state()
+    for name, (sae, _) in jobs.items():
+        tensors |= {f"{name}/{key}": value for key, value in sae.state_dict().items()}
+        tensors |= {f"{name}/adam/{key}": value for key, value in optimizers[name].state().items()}
+    sources = {file: value for file, value in source_hashes().items() if loaded(file)}
+    about = {"parts": parts, "sources": sources, "step": step, "history": history}
+    about["dead_after"] = {name: sae.dead_after for name, (sae, _) in jobs.items()}
+    tensors, text = {key: value.contiguous() for key, value in tensors.items()}, json.dumps(about)
+    with replacing(path, len(text) + sum(value.nbytes for value in tensors.values())) as new:
+        save_file(tensors, new, {"training": text, "sha256": tensors_hash(tensors, text)})
+
+
+def loaded(file: str) -> bool:
+    """Whether training in this process may have used a file of `sae_utils`."""
+    return file.startswith(CODE) and "sae_utils." + file.removesuffix(".py").replace("/", ".") in sys.modules
+
+
+def load_checkpoint(path, jobs, optimizers, parts: dict) -> tuple[int, list[dict]]:
+    """Restore everything in place; return the step and history. A checkpoint of older `sae_utils` sources is passed over."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            about = json.loads(metadata["training"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        if metadata["sha256"] != tensors_hash(tensors, metadata["training"]):
+            raise ValueError("its checksum is wrong")
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint of ours ({error}): delete it to train from the start"
+        ) from None
+    there = about.get("parts") or {}  # none: of older sources
+    different = [part for part in {**there, **parts} if there.get(part) != parts.get(part)]
+    if there and different:
+        hint = "; make the SAE anew from the seed of the first start" if "initial weights" in str(different) else ""
+        raise ValueError(
+            f"{path} is the checkpoint of another training. Different: {', '.join(different[:6])}{hint}. Give this training a "
+            f"path of its own, or delete the file"
+        )
+    now = source_hashes()
+    if not there or any(now.get(file) != value for file, value in about["sources"].items()):
+        warnings.warn(f"{path} was made by other sae_utils sources: training starts anew")
+        return 0, []
+    for name, (sae, _) in jobs.items():
+        sae.dead_after = about["dead_after"][name]
+        sae.load_state_dict({key: tensors[f"{name}/{key}"] for key in sae.state_dict()})
+        prefix = f"{name}/adam/"
+        optimizers[name].load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    torch.set_rng_state(tensors["rng"])
+    if "rng_cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng_cuda"])
+    return about["step"], about["history"]

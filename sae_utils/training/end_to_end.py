@@ -1,0 +1,195 @@
+"""End-to-end objectives: an SAE is judged by what the rest of the model makes of x̂ (arXiv 2405.12241, 2503.17272).
+
+An architecture's own objective, with its distance between x and x̂ replaced by one between the model's predictions, and
+between its later layers:
+
+    distance = kl · KL(orig ‖ new) + β · mean over later layers l' of FVU(resid_pre_l', orig → new) + mse · FVU(x → x̂)
+
+KL(orig ‖ new) is a sum over the vocabulary and a mean over tokens, in nats. The paper has a mean square over d_in where we have
+batch FVUs (ours: then β and mse need no units), and its λ is ours up to that unit. Position 0 stays clean and counts nowhere.
+Only the layers after the hook run: forward for the clean model, once a batch for all SAEs; forward and backward for each SAE.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations.hooks import AllFound, check_hook, check_tokens, later_layers, splice
+from ..activations.store import weights_hash
+from ..values import real
+from .losses import batch_fvu, fvu_of, own_objective
+
+AT_ONCE = 2**24  # entries of [tokens, d_vocab] that exist at a time: 64 MiB in fp32
+KEPT = 2**26  # clean probabilities of a batch are kept for the next SAE if they are no more than this
+
+
+class Clean(NamedTuple):
+    """What the model does with the true x of a batch: all that end-to-end objectives compare with."""
+
+    x: Tensor  # [rows, n_ctx, d_in], as the batch holds it
+    tokens: Tensor  # [rows, n_ctx]
+    last: Tensor  # [tokens, d_model], what is unembedded, positions ≥ 1
+    p: list[tuple[Tensor, Tensor]] | None  # `probabilities` by chunks of tokens, or None where too large to keep
+    later: dict[str, Tensor]  # resid_pre of the later layers, [rows, n_ctx − 1, d_model]
+
+
+class Suffix:
+    """The part of a frozen language model after a hook, with the clean run of the last batch kept for all SAEs.
+
+    later: hooks at which e2e_downstream_loss compares: resid_pre of all layers after the hook. The final resid_post, which the
+    KL judges, is none of them, nor is the hook itself under another name.
+
+    Raises ValueError for an unknown hook, a model that is not frozen and in eval mode, or one whose logits are not its
+    unembedding of the last residual stream.
+    """
+
+    def __init__(self, lm, hook_name: str):
+        check_hook(lm, hook_name)
+        if any(p.requires_grad for p in lm.parameters()) or lm.training:
+            raise ValueError("the language model has to stay as it is: call lm.eval().requires_grad_(False) first")
+        self.lm, self.hook_name = lm, hook_name
+        self.later = later_layers(lm, hook_name)
+        self.kept: Clean | None = None
+        self.check_unembedding()
+
+    def __repr__(self) -> str:  # part of a checkpoint's signature: the same in every process
+        if not hasattr(self, "model_hash"):
+            self.model_hash = weights_hash(self.lm)
+        return f"Suffix({self.hook_name!r}, model {self.model_hash})"
+
+    def check_unembedding(self) -> None:
+        tokens, found = torch.arange(4, device=self.lm.cfg.device)[None] % self.lm.cfg.d_vocab, []
+        with torch.no_grad():
+            logits = self.lm.run_with_hooks(tokens, fwd_hooks=[("unembed.hook_in", lambda h, hook: found.append(h))])
+            same = torch.allclose(self.logits(found[0]), logits, rtol=1e-3, atol=1e-3)
+        if not same:
+            raise ValueError(
+                "this model does more to its logits than the unembedding: end-to-end losses do not know it"
+            )
+
+    def logits(self, last: Tensor) -> Tensor:
+        logits, cap = self.lm.unembed(last), getattr(self.lm.cfg, "output_logits_soft_cap", None) or 0
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+    def run(self, tokens: Tensor, x: Tensor, hooks: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """With x in its place, at positions ≥ 1: what is unembedded [tokens, d_model], and the activations at `hooks`."""
+        found: dict[str, Tensor] = {}
+
+        def keep(name):
+            def hook_function(activation, hook):
+                found[name] = activation[:, 1:]
+                if name == "unembed.hook_in":
+                    raise AllFound
+
+            return name, hook_function
+
+        with contextlib.suppress(AllFound):
+            hooks = [keep(name) for name in [*hooks, "unembed.hook_in"]]
+            splice(self.lm, tokens, self.hook_name, x, hooks, self.lm.idle_blocks[self.hook_name])
+        return found.pop("unembed.hook_in").flatten(0, 1), found
+
+    @torch.no_grad()
+    def clean(self, batch: dict) -> Clean:
+        """The clean run of a batch of whole rows; the same batch is not run twice."""
+        x, tokens = batch["x"], batch.get("tokens")
+        if tokens is None or x.shape[:-1] != tokens.shape or x.ndim != 3:
+            raise ValueError(
+                f"x has shape {list(x.shape)}: end-to-end objectives need whole rows [rows, n_ctx, d_in] and their "
+                f"`tokens`, which store.batches(n_rows, whole_rows=True) gives"
+            )
+        if self.kept is None or self.kept.x is not x:
+            check_tokens(self.lm, tokens)
+            tokens = tokens.to(x.device)
+            last, later = self.run(tokens, x, self.later)
+            small = len(last) * self.lm.cfg.d_vocab <= KEPT
+            p = [probabilities(self.logits(part)) for part in self.chunks(last)] if small else None
+            self.kept = Clean(x, tokens, last, p, later)
+        return self.kept
+
+    def chunks(self, last: Tensor) -> tuple[Tensor, ...]:
+        return last.split(max(1, AT_ONCE // self.lm.cfg.d_vocab))
+
+    def kl(self, clean: Clean, last: Tensor) -> Tensor:
+        """KL(orig ‖ new) = Σ_v p_orig (log p_orig − log p_new), a mean over tokens, in nats; last [tokens, d_model] of the new run."""
+        return KLOrigNew.apply(last, clean, self)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """p [tokens, d_vocab], and Σ p log p over words and tokens."""
+    log_p = log_softmax(logits)
+    p = log_p.exp()
+    return p, p.flatten() @ log_p.flatten()
+
+
+class KLOrigNew(torch.autograd.Function):
+    """KL(orig ‖ new) in chunks of tokens. Its gradient by the new logits, (p_new − p_orig)/tokens, is at hand in the forward
+    and goes through the unembedding there, so that no chunk outlives its turn."""
+
+    @staticmethod
+    def forward(ctx, last: Tensor, clean: Clean, suffix: Suffix) -> Tensor:
+        total, gradient = 0.0, []
+        for part, known in zip(suffix.chunks(last), clean.p or suffix.chunks(clean.last)):
+            p, p_log_p = known if clean.p else probabilities(suffix.logits(known))
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                logits = suffix.logits(part)
+            log_q = log_softmax(logits.detach())
+            total = total + p_log_p - p.flatten() @ log_q.flatten()
+            if ctx.needs_input_grad[0]:
+                by_logits = log_q.exp_().sub_(p)
+                gradient += torch.autograd.grad(logits, part, by_logits.to(logits.dtype))
+        if gradient:
+            ctx.save_for_backward(torch.cat(gradient) / len(last))
+        return total / len(last)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return (grad * gradient).to(gradient.dtype), None, None
+
+
+def e2e_loss(
+    sae, batch, *, suffix: Suffix, local=None, kl: float = 1.0, beta: float = 0.0, mse: float = 0.0
+) -> dict[str, Tensor]:
+    """`local` with KL(orig ‖ new) in place of the batch FVU (arXiv 2405.12241): what else `local` has, sparsity say, stays.
+
+    batch: whole rows, x [rows, n_ctx, d_in] and tokens; the SAE sees positions ≥ 1. `local` is the objective of the SAE's class
+    if None, else one that fits it: `reconstruction_loss` (TopK: KL + α AuxK), `l1_loss` (ReLU), `jumprelu_loss`, `gated_loss` (whose gate alone then has to
+    preserve the predictions, too, in a second spliced run), settings bound by `functools.partial`.
+    kl, beta, mse: weights as at the top of this module. Fine-tuning (arXiv 2503.17272) is a second `train` with mse > 0.
+    Returns the terms of `local`, kl, fvu and, with beta, downstream (a mean over the later layers).
+    """
+    for name, weight in (("kl", kl), ("beta", beta), ("mse", mse)):
+        real(name, weight, 0)
+    local = local or own_objective(sae)
+    clean = suffix.clean(batch)
+    if beta and not suffix.later:
+        raise ValueError(f"beta={beta}: no layer's resid_pre comes after {suffix.hook_name}")
+    first: dict[str, Tensor] = {}
+
+    def distance(x: Tensor, x_hat: Tensor) -> Tensor:
+        spliced = torch.cat([clean.x[:, :1].to(x_hat.dtype), x_hat.view(len(clean.x), -1, sae.d_in)], 1)
+        last, later = suffix.run(clean.tokens, spliced, suffix.later if beta else [])
+        terms = {"kl": suffix.kl(clean, last), "fvu": fvu_of(sae)(x, x_hat if mse else x_hat.detach())}
+        total = kl * terms["kl"]
+        if mse:
+            total = total + mse * terms["fvu"]
+        if beta:
+            terms["downstream"] = sum(batch_fvu(clean.later[n], later[n]) for n in suffix.later) / len(suffix.later)
+            total = total + beta * terms["downstream"]
+        first.update(terms if not first else {})  # a second call is an auxiliary one
+        return total
+
+    ours = {key: batch[key][:, 1:] for key in ("x", "grad") if key in batch}
+    return local(sae, batch | ours, distance=distance) | first
+
+
+def e2e_downstream_loss(sae, batch, *, suffix: Suffix, kl: float = 0.5, beta: float = 1.0, **settings):
+    """e2e+ds (arXiv 2405.12241): ½ KL(orig ‖ new) + β/L · Σ of the FVUs of the L later resid_pre, and what else `local` has."""
+    return e2e_loss(sae, batch, suffix=suffix, kl=kl, beta=beta, **settings)

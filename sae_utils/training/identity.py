@@ -1,0 +1,171 @@
+"""What makes a training this one and no other: hashes of data, weights, settings and code that are equal in every process.
+
+Code counts by what it does: its bytecode without docstrings, comments and layout. So code without source (a notebook's cell,
+`python -c`) counts as well, and under another minor version of Python it is other code. What a function takes from outside
+(closure, defaults, globals) counts by value. Installed packages count by name, and `sae_utils` by the hashes of its sources
+that a checkpoint keeps.
+"""
+
+import builtins
+import dataclasses
+import dis
+import enum
+import functools
+import hashlib
+import inspect
+import re
+import sys
+import types
+from pathlib import PurePath
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..code import code_hash
+from ..files import digest
+
+PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    types.EllipsisType,
+    PurePath,
+    enum.Enum,
+    torch.dtype,
+)
+OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "_abc_impl"}
+OF_CLASSES |= {"__firstlineno__", "__static_attributes__"}
+
+
+def training_parts(jobs: dict, first: dict, settings: dict) -> dict[str, str]:
+    """{part: hash} of a training: settings, first batch, and of each SAE its class, settings, weights and objective.
+
+    Raises ValueError, naming it, if a value that an objective or a class uses cannot be told from others of its type.
+    """
+    parts = {name: stable(value, name) for name, value in settings.items()}
+    parts |= {"the names of the SAEs": list(jobs), "the first batch": stable(first, "the first batch")}
+    for name, (sae, objective) in jobs.items():
+        of = f" of {name!r}" if name else ""
+        func, bound = objective, {}
+        while isinstance(func, functools.partial):
+            bound = dict(enumerate(func.args)) | func.keywords | bound
+            func = func.func
+        values = {f"{key} of the objective{of}": value for key, value in bound.items()}
+        values |= {f"the code of the objective{of}": func, f"the class{of}": type(sae)}
+        values |= {f"the settings{of}": settings_of(sae), f"the initial weights{of}": sae.state_dict()}
+        parts |= {key: stable(value, key) for key, value in values.items()}
+    return {key: digest(value) for key, value in parts.items()}
+
+
+def settings_of(module: nn.Module) -> dict:
+    """What a module holds beside parameters and submodules, as far as it is plain, without what training changes."""
+    names = [key for key in vars(module) if key[0] != "_" and key not in ("training", "dead_after")]
+    return {key: vars(module)[key] for key in names if isinstance(vars(module)[key], PLAIN)}
+
+
+def stable(value, where: str, seen: dict | None = None):
+    """Nested lists of texts that are equal for equal values, in every process. `where` names the value in an error."""
+    seen = {} if seen is None else seen
+    inner = functools.partial(stable, seen=seen)
+    kind = type(value)
+    if isinstance(value, PLAIN) or kind is torch.device:
+        return [kind.__name__, repr(value)]
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(raw).hexdigest()]
+    if hasattr(value, "__array__") and not isinstance(value, type):  # a table too, whose text leaves digits out
+        array = np.asarray(value)
+        if array.dtype.hasobject:
+            return [kind.__name__, inner(array.tolist(), where)]
+        return ["array", str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
+    if isinstance(value, (set, frozenset)):
+        return ["set", *sorted(map(repr, (inner(v, where) for v in value)))]
+    if isinstance(value, dict):
+        return [kind.__name__, *([inner(k, where), inner(v, f"{k!r} in {where}")] for k, v in value.items())]
+    if isinstance(value, (list, tuple)):
+        return [kind.__name__, *(inner(v, where) for v in value)]
+    if isinstance(value, functools.partial):
+        return ["partial", *(inner(v, where) for v in (value.func, value.args, value.keywords))]
+    if isinstance(value, (staticmethod, classmethod, types.MethodType)):
+        return [kind.__name__, inner(value.__func__, where), inner(getattr(value, "__self__", None), where)]
+    if isinstance(value, property):
+        return ["property", *(inner(v, where) for v in (value.fget, value.fset, value.fdel))]
+    if isinstance(value, types.ModuleType):
+        own = getattr(value, "__file__", None) and not installed(value.__name__)
+        return ["module", value.__name__, code_hash(inspect.getsource(value)) if own else ""]
+    if id(value) in seen:
+        return ["again", seen[id(value)]]
+    if isinstance(value, (type, types.FunctionType, nn.Module)):
+        seen[id(value)] = len(seen)
+    if isinstance(value, types.FunctionType):
+        return function(value, where, inner)
+    if isinstance(value, types.BuiltinFunctionType) and isinstance(
+        value.__self__, (types.ModuleType, type, type(None))
+    ):
+        return ["builtin", value.__module__, value.__qualname__]
+    if isinstance(value, type):
+        known = value.__module__ != "builtins" or hasattr(builtins, value.__qualname__)  # or made by exec
+        if installed(value.__module__) and known:
+            return ["class", value.__module__, value.__qualname__]
+        own = {k: v for k, v in sorted(vars(value).items()) if k not in OF_CLASSES}
+        if dataclasses.is_dataclass(value):  # its generated methods say nothing more than its fields
+            own = {k: v for k, v in own.items() if not k.startswith("__") or k in ("__call__", "__annotations__")}
+        bases = [inner(base, where) for base in value.__bases__]
+        return ["class", value.__qualname__, bases, inner(own, f"class {value.__qualname__}")]
+    if isinstance(value, nn.Module):
+        own = [[type(m), vars(m).get("forward"), settings_of(m)] for m in value.modules()]
+        return [inner(kind, where), inner(own, where), inner(dict(value.state_dict()), where)]
+    if dataclasses.is_dataclass(value):
+        return [inner(kind, where), inner({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, where)]
+    if kind in (functools._lru_cache_wrapper, functools.cached_property):
+        return [kind.__name__, inner(value.func if kind is functools.cached_property else value.__wrapped__, where)]
+    text = repr(value) if kind.__repr__ is not object.__repr__ else " at 0x"
+    if re.search(r" at 0x[0-9a-f]*|\.\.\.", text):  # an address, or a text that leaves something out
+        raise ValueError(
+            f"checkpoint: {where} is of type {kind.__name__}, and its value cannot be told from another's, so a resumed training "
+            f"might not be this one. Bind numbers, texts, tensors or arrays with functools.partial, give {kind.__name__} a "
+            f"__repr__ that says all of its settings, or train without checkpoint"
+        )
+    return [inner(kind, where), text]
+
+
+def function(f, where: str, inner) -> list:
+    cells = zip(f.__code__.co_freevars, f.__closure__ or ())
+    outside = {f"{n!r} in {f.__qualname__}": c.cell_contents for n, c in cells if c != types.CellType()}
+    if installed(f.__module__):
+        ours = f.__module__.split(".")[0] == "sae_utils"
+        return ["function", f.__module__, f.__qualname__] + [inner(v, key) for key, v in outside.items() if ours]
+    names = sorted({n for n in read_globals(f.__code__) if n in f.__globals__})
+    outside |= {f"{name!r} in {f.__qualname__}": f.__globals__[name] for name in names}
+    outside |= {f"a default of {f.__qualname__}": f.__defaults__, f"defaults of {f.__qualname__}": f.__kwdefaults__}
+    return ["function", bytecode(f.__code__, inner), *(inner(v, key) for key, v in outside.items())]
+
+
+def bytecode(code: types.CodeType, inner) -> list:
+    """What the code does, step by step, each with the value that it is about; a docstring is in no step."""
+    steps = [(i.opname, i.argval) for i in dis.get_instructions(code)]
+    steps = [[op, bytecode(v, inner) if isinstance(v, types.CodeType) else inner(v, "a constant")] for op, v in steps]
+    return [steps, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], code.co_exceptiontable.hex()]
+
+
+def read_globals(code: types.CodeType):
+    yield from (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from read_globals(constant)
+
+
+@functools.cache
+def installed(module: str | None) -> bool:
+    """Whether a module belongs to Python, to an installed package or to `sae_utils`, and so counts by its name."""
+    top = (module or "").split(".")[0]
+    parts = PurePath(getattr(sys.modules.get(top), "__file__", None) or "").parts
+    known = top in sys.stdlib_module_names or top == "sae_utils" or "site-packages" in parts or "dist-packages" in parts
+    return known and top != "__main__"

@@ -1,0 +1,303 @@
+"""The training loop: any SAEs, any objectives, one stream; checkpoints and exact resume.
+
+Per step and SAE: objective, backward, W_dec's gradient projected off its rows, gradient clipped, Adam, rows of W_dec
+renormalised (arXiv 2406.04093: project and renormalise, both).
+"""
+
+import contextlib
+import inspect
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..device import bf16_is_fast
+from ..saes.base import SAE, high_norm, scale_of, typical
+from ..values import flag, real, whole
+from .checkpoint import load_checkpoint, save_checkpoint
+from .identity import training_parts
+from .losses import GRADIENTS, as_batch, check_fit, own_objective
+from .optimizer import Optimizer, resample_dead
+from .streams import as_stream, ordinary_fvu, skip, stream, warn_of_high_norms, without, without_first
+
+
+def train(
+    sae,
+    batches,
+    objective=None,
+    *,
+    n_steps: int,
+    lr: float | None = None,
+    seed: int = 0,
+    warmup: int | None = None,
+    decay: float = 0.2,
+    clip: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    bf16: bool = False,
+    resample: Sequence[float] = (),
+    skip_norm_above: float | None = None,
+    batch_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train one SAE, or several on the same batches, `{"name": sae, "other": (sae, objective), …}`. Returns the history.
+
+    batches: any iterable of tensors or arrays [..., d_in] or batch dicts; a list or data loader is gone through again when it
+    ends. Or activations in one piece, which are shuffled by `seed` into batches of `batch_size` (default 1,024, or all if fewer):
+    a tensor, a NumPy array or a memory map [n, d_in], of which one batch at a time is read and converted, or an ActivationStore.
+    objective: (sae, batch) → dict of scalars with "loss". None is the own loss of the SAE's class.
+    lr: Adam's peak rate; None applies the width rule 2e-4/√(d_sae/2¹⁴). It warms up over `warmup` steps (default
+    min(1,000, 5% of n_steps)), stays, and falls linearly to 0 over the last `decay` share of the steps (ours).
+    clip: largest gradient norm, per SAE, with biases in units of x. bf16: products in bfloat16 (autocast), where the hardware has
+    them; otherwise exact fp32.
+    resample: shares of the run, (0.25, 0.5) say, at which dead latents begin anew by `resample_dead`; after each lr rises again
+    from 0.1 × along a cosine, over min(1,000, 5% of n_steps) steps (arXiv 2404.16014; the 5% ours).
+    skip_norm_above: leave out of training, and of x_scale and b_dec's start, every token with ‖x − m‖ > skip_norm_above · the
+    median of ‖x − m‖ in the first batch, m the median of each coordinate there; 5, say. For batches [n, d_in].
+    checkpoint: a file, written every `checkpoint_every` steps (rounded up to a row of the history) and at the end. If it
+    holds this very training, that one goes on where it stopped. The same training has the same settings, first batch, SAEs with the
+    same weights at the start, and code and values of objectives and classes. So begin with SAEs made anew from the same
+    seed: one that was trained in the meantime has other weights. Other sources of `sae_utils` start it anew.
+
+    The first time an SAE is trained b_dec becomes the mean of the first batch, and the spread per coordinate of its ordinary
+    tokens the unit of biases, so that the scale of x plays no part; a second `train` keeps both. `dead_after` becomes min(10M,
+    10% of the run's tokens). On one machine and number of threads equal seeds give equal bits on CPU, interrupted or not.
+    History: ~200 rows a SAE: step, tokens, lr, the objective's scalars (each averaged since the row before), dead (the share
+    of dead latents), and with several SAEs `sae`, the name. A UserWarning says so if an objective's coefficient kills every
+    latent, or none; if bf16 is not there; and if a few tokens of high norm (over 5 times the usual, as above) hold most of the
+    variance of a batch: from then on each row has `fvu_ordinary`, the FVU of its last batch without them.
+
+    Raises FloatingPointError naming the batch if x or a loss is not finite (the checkpoint keeps the last good state);
+    ValueError for settings out of range, an objective that does not fit, a stream that is empty, of another width, without
+    variance or with a batch of one token, a damaged checkpoint or one of another training, which says what differs.
+    """
+    jobs = as_jobs(sae, objective)
+    n_steps, seed = whole("n_steps", n_steps), whole("seed", seed, 0, 2**32 - 1)
+    lr = None if lr is None else real("lr", lr, above=0)
+    decay, clip = real("decay", decay, 0, 1), real("clip", clip, above=0)
+    if not isinstance(betas, (Sequence, np.ndarray)) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: Adam's two rates of decay, as in (0.9, 0.999)")
+    betas = tuple(real("betas", beta, 0, 1 - 1e-12) for beta in betas)
+    if not isinstance(resample, (Sequence, np.ndarray)) or not all(
+        0 < real("resample", share) < 1 for share in resample
+    ):
+        raise ValueError(f"resample={resample!r}: shares of the run, each between 0 and 1, as in (0.25, 0.5)")
+    skip_norm_above = None if skip_norm_above is None else real("skip_norm_above", skip_norm_above, above=1)
+    if checkpoint is not None and (not isinstance(checkpoint, (str, os.PathLike)) or Path(checkpoint).is_dir()):
+        raise ValueError(f"checkpoint={checkpoint!r}: it has to be the path of a file, or None")
+    flag("progress", progress)
+    warmup = min(1000, n_steps // 20) if warmup is None else whole("warmup", warmup, 0)
+    resample_at = sorted(max(1, round(share * n_steps)) for share in resample)
+    device = next(iter(jobs.values()))[0].W_dec.device
+    if flag("bf16", bf16) and not bf16_is_fast(device.type):
+        warnings.warn(f"bf16=True: this {device.type} has no fast products in bfloat16, so fp32 is computed instead")
+        bf16 = False
+    settings = dict(n_steps=n_steps, lr=lr, seed=seed, warmup=warmup, decay=decay, clip=clip, betas=betas, bf16=bf16)
+    settings |= {"resample": resample_at, "skip_norm_above": skip_norm_above, "batch_size": batch_size}
+    rates = {name: lr or 2e-4 / math.sqrt(sae.d_sae / 2**14) for name, (sae, _) in jobs.items()}
+    optimizers = {name: Optimizer(sae, betas) for name, (sae, _) in jobs.items()}
+    log_every = max(1, n_steps // 200)
+    save_every = log_every * math.ceil(whole("checkpoint_every", checkpoint_every) / log_every)
+    step, history, scalars = 0, [], []
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        batches = as_stream(batches, batch_size, seed)
+        first, iterator = stream(batches)
+        first = as_batch(first)
+        check_first(jobs, first, skip_norm_above)
+        if checkpoint:
+            parts = training_parts(jobs, first, settings)
+            if Path(checkpoint).exists():
+                place = torch.get_rng_state()
+                step, history = load_checkpoint(checkpoint, jobs, optimizers, parts)
+                iterator = skip(batches, iterator, step, place) if step < n_steps else iterator
+        rows = without_first(first["x"].to(device)).flatten(0, -2)
+        usual = typical(rows)
+        few_hold_most = any("fvu_ordinary" in row for row in history)
+        if skip_norm_above is not None:
+            rows = rows[~high_norm(rows, *usual, skip_norm_above)]
+        for name, (sae, _) in jobs.items() if step == 0 else ():
+            known = sae.x_scale.item()
+            sae.initialise(sae.rows(rows))
+            sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
+            if known and not 0.1 <= (ratio := scale_of(rows.float()).item() / known) <= 10:
+                warnings.warn(
+                    f"{f'{name!r}: ' if name else ''}x_scale={known:.3g} is from the SAE's first training, and these activations "
+                    f"have {ratio:.2g} times that: its biases learn in the wrong unit. Scale x, or make a new SAE"
+                )
+        scales = {name: sae.x_scale.item() for name, (sae, _) in jobs.items()}
+        steps = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not progress)
+        for batch in itertools.islice(iterator, n_steps - step):
+            batch = as_batch(batch) | {"progress": step / n_steps}
+            x = batch["x"] = batch["x"].to(device)
+            n_tokens, total = x.numel() // x.shape[-1], x.sum(dtype=torch.float32)
+            if skip_norm_above is not None:
+                batch = {key: v.to(device) if torch.is_tensor(v) else v for key, v in batch.items()}
+                batch = without(batch, high_norm(x, *usual, skip_norm_above))
+                x = batch["x"]
+            if x.numel() <= x.shape[-1]:
+                raise ValueError(
+                    f"batch {step} holds one token{'' if n_tokens < 2 else f' of {n_tokens} within skip_norm_above'}: a batch "
+                    f"needs two at least, since FVU is measured against their variance. A DataLoader has drop_last=True"
+                )
+            factor = min(1, (step + 1) / max(warmup, 1), (n_steps - step) / max(decay * n_steps, 1))
+            factor *= recovery(step, resample_at, min(1000, n_steps // 20))
+            if step in resample_at:
+                for name, (sae, _) in jobs.items():
+                    resample_dead(sae, x, optimizers[name], torch.Generator().manual_seed(seed * n_steps + step))
+            scalars.append({"x": {"sum": total}})
+            for name, (sae, loss) in jobs.items():
+                sae.train()
+                with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+                    terms = check_terms(loss(sae, batch), name)
+                optimizers[name].update(terms["loss"], rates[name] * factor, scales[name], clip)
+                scalars[-1][name] = {key: value.detach() for key, value in terms.items()}
+            step += 1
+            steps.update()
+            log = step % log_every == 0 or step == n_steps
+            if log or device.type == "cpu":  # reading a scalar makes a GPU wait, so there it is done once in a while
+                check_finite(scalars if log else scalars[-1:], step, checkpoint)
+            if log:
+                few_hold_most = few_hold_most or skip_norm_above is None and warn_of_high_norms(x, usual)
+                for name, (sae, _) in jobs.items():
+                    row = {"sae": name} if name else {}
+                    row |= {"step": step, "tokens": step * n_tokens, "lr": rates[name] * factor}
+                    for key in scalars[0][name]:
+                        row[key] = torch.stack([s[name][key].float() for s in scalars]).mean().item()
+                    if few_hold_most:
+                        row["fvu_ordinary"] = ordinary_fvu(sae, x, usual)
+                    history.append(row | {"dead": sae.dead().float().mean().item()})
+                scalars = []
+                if checkpoint and (step % save_every == 0 or step == n_steps):
+                    save_checkpoint(checkpoint, jobs, optimizers, parts, step, history)
+        steps.close()
+    for name, (sae, loss) in jobs.items():
+        sae.eval()
+        l0 = next((row.get("l0") for row in reversed(history) if row.get("sae", "") == name), None)
+        if advice := on_coefficient(sae, loss, l0):
+            warnings.warn(f"{name!r}: {advice}" if name else advice)
+    if step < n_steps:
+        warnings.warn(f"the batches ended after {step} of n_steps={n_steps}: the learning rate never reached its end")
+    return pd.DataFrame(history)
+
+
+def as_jobs(sae, objective) -> dict:
+    """{name: (sae, objective)} of what `train` is given, each objective checked against its SAE's class."""
+    if not isinstance(sae, (dict, SAE)) or sae == {}:
+        raise ValueError(f"sae is {sae!r:.100}: it has to be an SAE, or a dictionary {{name: sae}} of one SAE or more")
+    jobs = {}
+    for name, job in sae.items() if isinstance(sae, dict) else [("", sae)]:
+        one, loss = job if isinstance(job, (tuple, list)) and len(job) == 2 else (job, objective)
+        if not isinstance(name, str) or not isinstance(one, SAE) or not (loss is None or callable(loss)):
+            raise ValueError(
+                f"{name!r}: {job!r:.200} is no job. `train` takes an SAE and an objective, a function (sae, batch) → dict or None, "
+                f"and for several SAEs {{'name': sae}} or {{'name': (sae, objective)}}"
+            )
+        if any(one is other for other, _ in jobs.values()):
+            raise ValueError(
+                f"{name!r} is an SAE that has another name already: it would be trained twice on every batch"
+            )
+        jobs[name] = one, own_objective(one) if loss is None else loss
+        check_fit(*jobs[name])
+    return jobs
+
+
+def check_first(jobs: dict, first: dict, skip_norm_above: float | None) -> None:
+    """ValueError if the first batch shows that the stream does not do for these SAEs."""
+    x = first["x"]
+    if x.numel() == x.shape[-1]:
+        raise ValueError(
+            f"the first batch holds one token, x of shape {list(x.shape)}: a batch needs two at least, since FVU is measured "
+            f"against their variance. Activations [n, d_in] in one tensor or array are cut into batches by `train`"
+        )
+    for name, (sae, _) in jobs.items():
+        of = f"{name!r}, " if name else ""
+        if x.shape[-1] != sae.d_in:
+            raise ValueError(f"x has shape {list(x.shape)}; its last axis has to be d_in={sae.d_in} of {of}{sae}")
+        if sae.needs_grad and first.get("grad") is None:
+            raise ValueError(
+                f"{of}{type(sae).__name__} selects by the gradient, and the batches have no 'grad'. {GRADIENTS}"
+            )
+    if skip_norm_above is not None and x.ndim != 2:
+        raise ValueError(
+            f"skip_norm_above={skip_norm_above}: x has shape {list(x.shape)}, and tokens can be left out of batches [n, d_in] "
+            f"only, as store.batches(batch_size) gives them. Whole rows, which end-to-end objectives need, stay whole"
+        )
+
+
+def check_terms(terms, name: str) -> dict[str, Tensor]:
+    """What an objective returned, as scalar tensors; ValueError if it is not {"loss": scalar, …} with a gradient."""
+    of = f" of {name!r}" if name else ""
+    if not isinstance(terms, dict) or "loss" not in terms:
+        found = f"a dict of {', '.join(map(str, terms))}" if isinstance(terms, dict) else f"a {type(terms).__name__}"
+        raise ValueError(
+            f"the objective{of} returned {found}: it has to return a dict of scalars with 'loss' among them"
+        )
+    for key, value in terms.items():
+        if not isinstance(value, (Tensor, float, int)) or isinstance(value, Tensor) and value.numel() != 1:
+            about = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ValueError(f"{key!r} of the objective{of} has {about}: it has to be a scalar")
+    if not getattr(terms["loss"], "requires_grad", False):
+        raise ValueError(f"'loss' of the objective{of} does not depend on the SAE's parameters: it has no gradient")
+    device = terms["loss"].device
+    return {key: torch.as_tensor(value, device=device).reshape(()) for key, value in terms.items()}
+
+
+def recovery(step: int, resample_at: list[int], n: int) -> float:
+    """The factor of lr in the n steps after a resampling: from 0.1 up to 1 along half a cosine."""
+    since = min((step - at for at in resample_at if at <= step), default=n)
+    return 1 if since >= n else 0.55 - 0.45 * math.cos(math.pi * since / n)
+
+
+def check_finite(scalars: list[dict], step: int, checkpoint) -> None:
+    """Raise FloatingPointError naming the first batch in which x or a term of a loss is not finite."""
+    values = {(i, n, k): v for i, terms in enumerate(scalars) for n, t in terms.items() for k, v in t.items()}
+    finite = torch.isfinite(torch.stack([v.double() for v in values.values()])).tolist()
+    for (i, name, key), good in zip(values, finite):
+        if not good:
+            what = (
+                "the activations x" if name == "x" else f"{key!r} of the objective" + (f" of {name!r}" if name else "")
+            )
+            kept = f" The last good state is in {checkpoint}." if checkpoint and Path(checkpoint).exists() else ""
+            raise FloatingPointError(f"{what} became NaN or infinite in batch {step - len(scalars) + i}.{kept}")
+
+
+def on_coefficient(sae, objective, l0: float | None) -> str:
+    """Which way to move the sparsity coefficient of an objective that has one, if L0 says that it is far off, else `""`.
+
+    Off means (ours): fewer than one active latent in ten tokens; or more of them than x has coordinates (than half of all, in
+    a narrow dictionary), where a dense code of the same size would lose nothing.
+    """
+    try:
+        settings = inspect.signature(objective).parameters
+    except (TypeError, ValueError):  # a callable that hides its arguments
+        return ""
+    if "suffix" in settings:  # an end-to-end objective has its coefficient from the local one
+        bound = settings["local"].default if "local" in settings else objective.keywords.get("local")
+        settings = inspect.signature(bound or own_objective(sae)).parameters
+    with_target = "target_l0" in settings and settings["target_l0"].default is not None
+    if "coefficient" not in settings or with_target or l0 is None:
+        return ""
+    most, now = min(sae.d_in, sae.d_sae / 2), f"coefficient={settings['coefficient'].default}"
+    if l0 < 0.1:
+        return f"{now} leaves almost no latent active (L0 {l0:.2g} at the end): lower it, by half say"
+    if l0 > most:
+        return f"{now} leaves hardly any latent inactive (L0 {l0:.3g} of {sae.d_sae} at the end): raise it, twofold say"
+    return ""
+
+
+def undertrained(history: pd.DataFrame) -> bool:
+    """Whether FVU still fell by more than 1% over the last tenth of the run (means of 5% of the run, a tenth apart)."""
+    fvu = history["fvu"].to_numpy()
+    n = max(1, len(fvu) // 20)
+    return len(fvu) > 3 * n and bool(fvu[-n:].mean() < 0.99 * fvu[-3 * n : -2 * n].mean())

@@ -1,0 +1,281 @@
+"""Objectives: functions (sae, batch) → dict of scalars, of which "loss" is minimised and the rest is logged.
+
+`batch` is a dict with `x` [..., d_in] and what else the stream gives (`grad`, `tokens`, `position`, `progress`); a bare tensor
+is taken as x. Settings are bound by `functools.partial`. `distance(x, x_hat)` is what an objective makes small beside its
+sparsity: None is the batch FVU, in whose place `sae_utils.end_to_end` puts what the language model makes of x̂.
+
+A batch without variance (one token repeated) has nothing to be measured against. So no denominator falls below what a batch
+with 1% of the SAE's usual variance, `x_scale`² a coordinate, would have (ours); ordinary batches never come near it.
+"""
+
+import functools
+import inspect
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..sparse.select_encode import sparse_decode
+from ..values import flag, real, whole
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def as_batch(batch) -> dict:
+    """The batch as a dict with a floating-point tensor x [..., d_in]; ValueError, saying what it is, for anything else.
+
+    A bare tensor or array is x, and so is the only member of a list, as `DataLoader(TensorDataset(x))` gives it.
+    """
+    if isinstance(batch, (list, tuple)) and len(batch) == 1:
+        batch = batch[0]
+    batch = batch if isinstance(batch, dict) else {"x": batch}
+    x = batch.get("x")
+    if isinstance(x, np.ndarray) and x.dtype.name in FLOATS:
+        batch = batch | {"x": (x := torch.from_numpy(x.astype(np.promote_types(x.dtype, np.float32))))}
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim or not x.numel():
+        about = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+        keys = f" (its keys are {', '.join(map(repr, batch))})" if x is None else ""
+        raise ValueError(f"x of a batch is {about}{keys}: it has to be activations in floating point, [..., d_in]")
+    return batch
+
+
+def batch_fvu(x: Tensor, x_hat: Tensor, least: Tensor | float = 0.0) -> Tensor:
+    """Σ‖x − x̂‖² / Σ‖x − mean(x)‖², sums over the batch and d_in, mean over the batch: 0 perfect, 1 no better than the mean.
+
+    x, x_hat [..., d_in]. The scale of x drops out, so coefficients beside it need no units. The denominator is at least `least`.
+    """
+    x, x_hat = x.reshape(-1, x.shape[-1]).to(x_hat.dtype), x_hat.reshape(-1, x.shape[-1])
+    variance = (x - x.mean(0)).square().sum()
+    return (x - x_hat).square().sum() / variance.clamp_min(least).clamp_min(torch.finfo(variance.dtype).tiny)
+
+
+def fvu_of(sae):
+    """`batch_fvu` for batches of this SAE: with 1% of its usual variance as the least."""
+    return lambda x, x_hat: batch_fvu(x, x_hat, 0.01 * x.numel() * sae.x_scale.square())
+
+
+def auxk_loss(sae, x: Tensor, x_hat: Tensor, k_aux: int | None = None, among: Tensor | None = None) -> Tensor:
+    """How badly the dead latents alone explain the error (arXiv 2406.04093, A.2): ‖sg(e) − ê‖² / ‖sg(e) − mean sg(e)‖².
+
+    e = x − x̂, stopped; ê = z_aux W_dec, without b_dec (which x̂ already holds); z_aux = the k_aux largest relu
+    pre-activations among dead latents (default d_in/2, or all if fewer are dead). Zero where none is dead.
+    `among`: bool [d_sae], latents that take the place of the dead. The denominator is at least 1% of Σ‖e‖², plus what an FVU
+    of 1e-6 leaves: where all errors are the same, or nothing but rounding, there is nothing to learn from them (ours).
+    """
+    dead = (sae.dead() if among is None else among).nonzero().squeeze(1)
+    if not len(dead):
+        return x_hat.new_zeros(())
+    error = (sae.rows(x) - x_hat.reshape(-1, sae.d_in)).detach()
+    z = sae.pre_activations(x, dead).relu()
+    k_aux = k_aux or sae.d_in // 2
+    if k_aux < len(dead):
+        top = z.topk(k_aux, dim=1, sorted=False)
+        z = torch.zeros_like(z).scatter(1, top.indices, top.values)
+    least = 0.01 * error.square().sum() + 1e-6 * error.numel() * sae.x_scale.square()
+    return batch_fvu(error, z @ sae.W_dec.index_select(0, dead), least)
+
+
+def spread(sae, x: Tensor) -> Tensor:
+    """Mean over the batch of ‖x − mean(x)‖², x [batch, d_in]: the unit of squared errors; its root that of latents."""
+    least = (0.01 * sae.d_in * sae.x_scale.square()).clamp_min(torch.finfo(x.dtype).tiny)
+    return (x - x.mean(0)).square().sum(1).mean().clamp_min(least)
+
+
+def l0_of(out, n_tokens: int) -> Tensor:
+    """Active latents per token."""
+    return ((out.values if out.dense is None else out.dense) > 0).sum() / n_tokens
+
+
+def warmed(coefficient: float, warmup: float, batch: dict) -> float:
+    """A coefficient ≥ 0 that rises linearly from 0 over the first `warmup` share of the run (ours; 0 turns it off)."""
+    real("coefficient", coefficient, 0), real("warmup", warmup, 0, 1)
+    return coefficient * min(1.0, batch.get("progress", 1.0) / warmup) if warmup else coefficient
+
+
+def reconstruction_loss(
+    sae, batch, alpha: float = 1 / 32, k_aux: int | None = None, distance=None, among=None
+) -> dict[str, Tensor]:
+    """Batch FVU + α · AuxK: the loss of TopK SAEs. alpha = 0 leaves AuxK out; `among(sae)` says for which latents it is."""
+    real("alpha", alpha, 0), k_aux is None or whole("k_aux", k_aux)
+    batch = as_batch(batch)
+    x = batch["x"]
+    out = sae(x, batch.get("grad"))
+    fvu = (distance or fvu_of(sae))(x, out.x_hat)
+    terms = {"loss": fvu, "fvu": fvu, "l0": l0_of(out, x.numel() // sae.d_in)}
+    if alpha:
+        terms["auxk"] = auxk_loss(sae, x, out.x_hat, k_aux, among and among(sae))
+        terms["loss"] = fvu + alpha * terms["auxk"]
+    return terms
+
+
+def aux_zipf_loss(
+    sae,
+    batch,
+    alpha: float = 1 / 32,
+    k_aux: int | None = None,
+    s: float | None = None,
+    q: float | None = None,
+    share: float = 0.3,
+    distance=None,
+) -> dict[str, Tensor]:
+    """Batch FVU + α · AuxK of the underused latents, dead or not (our reading of arXiv 2411.02124, which gives no formula).
+
+    Underused: a running density below `share` of what Zipf's law, (r + q)^(−s), expects of the latent's rank r; see
+    `MutualChoiceSAE.underused`. Where every expectation is 0⁺ this is `reconstruction_loss`. At share = 1 half of the latents are
+    below, and having to explain the error besides kills many of them (measured in notebook 05). For the Choice SAEs.
+    """
+    if not hasattr(sae, "underused"):
+        raise ValueError(f"{type(sae).__name__} keeps no running density: aux_zipf_loss is for the Choice SAEs")
+    for name, value in (("s", s), ("q", q), ("share", share)):
+        value is None or real(name, value, 0)
+    return reconstruction_loss(sae, batch, alpha, k_aux, distance, among=lambda sae: sae.underused(s, q, share))
+
+
+def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, distance=None) -> dict[str, Tensor]:
+    """Batch FVU + λ · mean over tokens of Σ_i f_i / σ, σ² = mean ‖x − x̄‖²: the loss of ReLU SAEs.
+
+    In these units (ours) λ has no dimension: a lone latent of size f comes out as f − λσ/2, which is the shrinkage.
+    λ rises over the first `warmup` share of the run.
+    """
+    batch = as_batch(batch)
+    weight = warmed(coefficient, warmup, batch)
+    x = sae.rows(batch["x"])
+    out = sae(x)
+    fvu = (distance or fvu_of(sae))(x, out.x_hat)
+    l1 = (out.values if out.dense is None else out.dense).sum() / len(x) / spread(sae, x).sqrt()
+    loss = fvu + weight * l1
+    return {"loss": loss, "fvu": fvu, "l1": l1, "l0": l0_of(out, len(x))}
+
+
+def gated_loss(
+    sae, batch, coefficient: float = 0.1, warmup: float = 0.05, frozen: bool = True, distance=None
+) -> dict[str, Tensor]:
+    """FVU(x̂) + λ · mean Σ_i relu(π_i) / σ + FVU(x̂_gate): the three terms of arXiv 2404.16014, eq. 8, over mean ‖x − x̄‖².
+
+    x̂_gate = relu(π) sg(W_dec) + sg(b_dec): the gate alone has to reconstruct, through a decoder that it cannot move. Its
+    coefficient is 1. The b_dec by which the encoder centres x is not stopped. `frozen=False` is the ablation that stops nothing.
+    """
+    batch, distance = as_batch(batch), distance or fvu_of(sae)
+    weight = warmed(coefficient, warmup, batch)
+    x = sae.rows(batch["x"])
+    out = sae(x)
+    gate = extra(sae, out, "gate", "gated_loss")
+    stopped = flag("frozen", frozen)
+    W_dec, b_dec = (sae.W_dec.detach(), sae.b_dec.detach()) if stopped else (sae.W_dec, sae.b_dec)
+    from_gate = gate @ W_dec if out.active is None else sparse_decode(gate, out.active, W_dec)
+    fvu, aux = distance(x, out.x_hat), distance(x, from_gate + b_dec)
+    l1 = gate.sum() / len(x) / spread(sae, x).sqrt()
+    loss = fvu + weight * l1 + aux
+    return {"loss": loss, "fvu": fvu, "l1": l1, "aux": aux, "l0": l0_of(out, len(x))}
+
+
+def jumprelu_loss(
+    sae, batch, coefficient: float = 0.01, target_l0: float | None = None, warmup: float = 0.05, distance=None
+) -> dict[str, Tensor]:
+    """FVU + λ · L0, or with a target FVU + λ (L0 / target − 1)² (arXiv 2407.14435; L0 per token, its gradient the smeared step's)."""
+    target_l0 is None or real("target_l0", target_l0, above=0)
+    batch = as_batch(batch)
+    weight = warmed(coefficient, warmup, batch)
+    x = sae.rows(batch["x"])
+    out = sae(x)
+    fvu = (distance or fvu_of(sae))(x, out.x_hat)
+    l0 = extra(sae, out, "step", "jumprelu_loss").sum(1).mean()
+    penalty = l0 if target_l0 is None else (l0 / target_l0 - 1).square()
+    return {"loss": fvu + weight * penalty, "fvu": fvu, "l0": l0}
+
+
+def extra(sae, out, name: str, objective: str) -> Tensor:
+    """What a class's forward has to give for the loss of its own; ValueError if it does not."""
+    if name not in out.extra:
+        raise ValueError(f"{objective} does not fit {type(sae).__name__}: its forward gives no {name!r} in `extra`")
+    return out.extra[name]
+
+
+GRADIENTS = (
+    "ActivationStore(..., gradients=True) stores it; in a stream of your own each batch is {'x': x, 'grad': grad}"
+)
+
+
+def with_gradient(sae, batch, use_in_selection: bool):
+    """(x [batch, d_in], grad likewise, output); ValueError if the stream gives no gradient."""
+    if not isinstance(batch, dict) or batch.get("grad") is None:
+        raise ValueError(f"{type(sae).__name__}: the batch has no 'grad'. {GRADIENTS}")
+    x, g = sae.rows(batch["x"]), sae.rows(batch["grad"]).detach()
+    if len(x) != len(g):
+        raise ValueError(
+            f"grad has shape {list(batch['grad'].shape)}: it has to be that of x, {list(batch['x'].shape)}"
+        )
+    return x, g, sae(x, g if use_in_selection else None)
+
+
+def attribution_loss(sae, batch, alpha: float = 0.1, use_in_selection: bool = False) -> dict[str, Tensor]:
+    """Batch FVU + α · A, A = Σ|(x − x̂) ⊙ g| / Σ|(x − x̄) ⊙ g|: what a coordinate's error does to the loss, to first order.
+
+    Sums over the batch and d_in; both terms are over what the mean x̄ would leave, so α has no units (ours). Without AuxK.
+    `use_in_selection` hands g to the SAE as well, so that selection and loss can be told apart.
+    """
+    real("alpha", alpha, 0), flag("use_in_selection", use_in_selection)
+    x, g, out = with_gradient(sae, batch, use_in_selection)
+    fvu = fvu_of(sae)(x, out.x_hat)
+    unit = ((x - x.mean(0)) * g).abs().sum().clamp_min(0.01 * sae.x_scale * g.abs().sum())
+    attribution = ((x - out.x_hat) * g).abs().sum() / unit.clamp_min(torch.finfo(x.dtype).tiny)
+    return {"loss": fvu + alpha * attribution, "fvu": fvu, "attribution": attribution, "l0": l0_of(out, len(x))}
+
+
+def gradient_weighted_loss(sae, batch, alpha: float = 0.1, use_in_selection: bool = False) -> dict[str, Tensor]:
+    """Batch FVU + α · Σ((x − x̂) ⊙ g)² / Σ((x − x̄) ⊙ g)²: squared errors weighted by how sensitive the loss is (ours).
+
+    Reductions as in `attribution_loss`.
+    """
+    real("alpha", alpha, 0), flag("use_in_selection", use_in_selection)
+    x, g, out = with_gradient(sae, batch, use_in_selection)
+    fvu = fvu_of(sae)(x, out.x_hat)
+    unit = ((x - x.mean(0)) * g).square().sum().clamp_min(1e-4 * sae.x_scale.square() * g.square().sum())
+    weighted = ((x - out.x_hat) * g).square().sum() / unit.clamp_min(torch.finfo(x.dtype).tiny)
+    return {"loss": fvu + alpha * weighted, "fvu": fvu, "weighted": weighted, "l0": l0_of(out, len(x))}
+
+
+NO_PENALTY = ("reconstruction_loss",), "it has no penalty that keeps the latents of this class sparse"
+FITS = {  # a loss of ours: the own losses of the classes that it trains, and why it trains no others
+    "reconstruction_loss": NO_PENALTY,
+    "aux_zipf_loss": NO_PENALTY,
+    "attribution_loss": NO_PENALTY,
+    "gradient_weighted_loss": NO_PENALTY,
+    "l1_loss": (("l1_loss", "reconstruction_loss", "jumprelu_loss"), "no gradient of it reaches the gate"),
+    "gated_loss": (("gated_loss",), "this class has no gate"),
+    "jumprelu_loss": (("jumprelu_loss",), "this class learns no threshold"),
+}
+
+
+def own_objective(sae):
+    """The loss of the SAE's class, as its attribute `objective` names it."""
+    own = type(sae).objective  # not the instance's, which would be a method
+    if isinstance(own, str) and own not in globals():
+        raise ValueError(
+            f"{type(sae).__name__}.objective={own!r} is no loss of sae_utils.losses: give `train` an objective"
+        )
+    return globals()[own] if isinstance(own, str) else own
+
+
+def check_fit(sae, objective) -> None:
+    """ValueError if a loss of ours does not fit a class of ours; what users write, losses or forwards, is theirs to judge."""
+    func, settings = objective, {}
+    while isinstance(func, functools.partial):
+        func, settings = func.func, func.keywords | settings
+    if not str(getattr(func, "__module__", "")).startswith("sae_utils."):
+        return
+    name, own = func.__name__, type(sae).__name__
+    if "suffix" in inspect.signature(func).parameters and settings.get("local") is not None:
+        try:
+            inspect.signature(settings["local"]).bind_partial(distance=None)
+        except TypeError:
+            raise ValueError(
+                f"local={settings['local']!r}: an end-to-end objective needs one with a `distance`"
+            ) from None
+        return check_fit(sae, settings["local"])
+    forward = next(cls for cls in type(sae).__mro__ if "forward" in vars(cls))
+    fits, why = FITS.get(name, ((), ""))
+    if fits and forward.__module__.startswith("sae_utils.") and type(sae).objective not in fits:
+        raise ValueError(f"{name} does not fit {own}: {why}. Use {type(sae).objective}, or leave objective out")
+    if name == "aux_zipf_loss" and not hasattr(sae, "underused"):
+        raise ValueError(f"aux_zipf_loss does not fit {own}, which keeps no running density: it is for the Choice SAEs")

@@ -1,0 +1,114 @@
+"""The batches that training sees: activations in any form, their order, and tokens of high norm among them."""
+
+import itertools
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..activations.store import Batches
+from ..saes.base import HIGH_NORM, high_norm, inference
+from ..values import whole
+from .losses import FLOATS, fvu_of
+
+
+def warn_of_high_norms(x: Tensor, usual) -> bool:
+    """Whether a few tokens of high norm hold over half of the variance of a batch; then a UserWarning says what to do."""
+    rows = without_first(x).flatten(0, -2).float()
+    high = high_norm(rows, *usual)
+    deviation = (rows - rows.mean(0)).square().sum(1)
+    share, held = high.float().mean().item(), (deviation[high].sum() / deviation.sum()).item()
+    if not (share < 0.1 and held > 0.5):
+        return False
+    warnings.warn(
+        f"{share:.2%} of the tokens of a batch have a norm over {HIGH_NORM:g} times the usual and hold {held:.0%} of its variance, so "
+        f"FVU says little about the others: the history has theirs as fvu_ordinary from here on. "
+        f"skip_norm_above={HIGH_NORM:g} leaves such tokens out of training"
+    )
+    return True
+
+
+@torch.no_grad()
+def ordinary_fvu(sae, x: Tensor, usual) -> float:
+    """Batch FVU over the tokens that are not of high norm, by the inference rule."""
+    rows = sae.rows(without_first(x))
+    rows = rows[~high_norm(rows, *usual)]
+    with inference(sae):
+        return fvu_of(sae)(rows, sae(rows).x_hat).item()
+
+
+def without_first(x: Tensor) -> Tensor:
+    """x [..., d_in] without position 0, an outlier in most models, where it is of whole rows [rows, n_ctx, d_in]."""
+    return x if x.ndim < 3 or x.shape[1] < 2 else x[:, 1:]
+
+
+def without(batch: dict, skipped: Tensor) -> dict:
+    """The batch without the tokens marked in `skipped` [n]: of every tensor that has a row for each token."""
+    kept = {key: v for key, v in batch.items() if torch.is_tensor(v) and v.shape[:1] == skipped.shape}
+    return batch | {key: value[~skipped] for key, value in kept.items()}
+
+
+def as_stream(batches, batch_size: int | None, seed: int):
+    """An iterable of batches; activations in one piece, an array or a store, are shuffled by the seed."""
+    whole_array = getattr(batches, "ndim", 3) < 3 and hasattr(batches, "shape")
+    store = hasattr(batches, "batches") and hasattr(batches, "take")
+    if not whole_array and not store:
+        if batch_size is not None:
+            raise ValueError(f"batch_size={batch_size!r}: these batches come as they are; it is for arrays and stores")
+        if isinstance(batches, (str, bytes, dict)) or not (
+            hasattr(batches, "__iter__") or hasattr(batches, "__getitem__") or hasattr(batches, "from_step")
+        ):
+            raise ValueError(
+                f"batches is a {type(batches).__name__}: it has to be activations [n, d_in], a store, or an iterable of batches"
+            )
+        return batches
+    if whole_array and not (isinstance(batches, (Tensor, np.ndarray)) and batches.ndim == 2 and len(batches) > 1):
+        raise ValueError(
+            f"batches is a {type(batches).__name__} {list(batches.shape)}: activations in one piece are a tensor or NumPy array "
+            f"[n, d_in], n at least 2"
+        )
+    n = len(batches)
+    batch_size = whole("batch_size", min(1024, n) if batch_size is None else batch_size, 2, n)
+    if store:
+        return batches.batches(batch_size, seed)
+    if not (batches.is_floating_point() if torch.is_tensor(batches) else batches.dtype.name in FLOATS):
+        raise ValueError(f"batches has dtype {batches.dtype}: activations are in floating point, {', '.join(FLOATS)}")
+    if torch.is_tensor(batches):
+        take = lambda i: batches.detach()[torch.from_numpy(i).to(batches.device)]  # noqa: E731
+    else:
+        take = lambda i: batches[i]  # noqa: E731
+    return Batches(take, n, batch_size, seed)
+
+
+def stream(batches):
+    """The first batch, and the endless or finite iterator that begins with it."""
+
+    def again():
+        while True:
+            empty = True
+            for batch in batches:
+                empty = False
+                yield batch
+            if empty or iter(batches) is batches:  # a generator ends once and for all
+                return
+
+    iterator = batches.from_step(0) if hasattr(batches, "from_step") else again()
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError("batches is empty: it has to yield at least one [..., d_in] tensor or batch dict")
+    return first, itertools.chain([first], iterator)
+
+
+def skip(batches, iterator, step: int, rng: Tensor):
+    """The iterator at batch `step`. A stream with `from_step` is asked for its place; any other is gone through.
+
+    With `rng`, the random state at which the first batch came: a data loader then shuffles as it did.
+    """
+    if hasattr(batches, "from_step"):
+        return batches.from_step(step) if step else iterator
+    now = torch.get_rng_state()
+    torch.set_rng_state(rng)
+    next(itertools.islice(iterator, step, step), None)
+    torch.set_rng_state(now)
+    return iterator
