@@ -7,6 +7,7 @@ where every part of the error is known; how much is the encoder's fault, `sae_ut
 Probes read streams: an iterable, gone through more than once, of dicts with `x` [n, d_in] and `row` [n], the context of each token.
 """
 
+import collections
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..activations.hooks import run_prefix, run_spliced, token_loss
 from ..saes.base import measuring
-from .least_squares import ROWS_PER_INPUT, Linear, Moments, Scores, in_batches, slices, with_interval
+from .least_squares import ROWS_PER_INPUT, Linear, Moments, Scores, in_batches, resamples, slices, with_interval
 
 
 def verdict(value: list[float], within: tuple[float, float], control: float, name: str = "") -> dict:
@@ -24,9 +25,10 @@ def verdict(value: list[float], within: tuple[float, float], control: float, nam
     If a control, which knows nothing of what the claim is about, is in the range as well, the claim holds and is no evidence.
     """
     (v, low, high), (at_least, at_most) = value, within
-    if not low <= high or high < at_least or low > at_most:
-        says = "undecided" if not low <= high else "does not hold here"
-    elif low < at_least or high > at_most:
+    known = low <= high  # not where they are NaN
+    if known and (high < at_least or low > at_most):
+        says = "does not hold here"
+    elif not known or low < at_least or high > at_most:
         says = "undecided"
     else:
         says = f"holds, and {'in' if at_least <= control <= at_most else 'not in'} the control"
@@ -44,20 +46,11 @@ class Contexts:
     def __iter__(self):
         for i in range(0, len(self.rows), self.batch_rows):
             batch = self.store.take_rows(self.rows[i : i + self.batch_rows])
-            n, shape = len(batch["row"]), (len(batch["row"]), self.store.n_ctx - self.first)
-            about = {
-                "row": batch["row"][:, None].expand(shape),
-                "position": batch["position"][self.first :].expand(shape),
-            }
-            keep = {
-                key: value[:, self.first :] for key, value in batch.items() if value.shape[:2] == (n, self.store.n_ctx)
-            }
-            yield {key: value.flatten(0, 1) for key, value in (keep | about).items()}
+            shape = len(batch["row"]), self.store.n_ctx
+            batch |= {"row": batch["row"][:, None].expand(shape), "position": batch["position"].expand(shape)}
+            yield {k: v[:, self.first :].flatten(0, 1) for k, v in batch.items() if v.shape[:2] == shape}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The error, split
-# ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class ErrorSplit:
     """What `split_error` finds; R² and FVU on the test stream."""
@@ -79,8 +72,9 @@ class ErrorSplit:
         values = {"fvu": 1 - self.scores["fvu"].r2(), "fvu_nonlinear": 1 - self.scores["fvu_nonlinear"].r2()}
         values["fvu_bound"] = values["fvu"] * (1 - values["fvu"])
         values["r2_per_coordinate"] = float(self.scores["r2"].per_coordinate().nanmean())
-        for name in self.scores.keys() - {"fvu", "fvu_nonlinear"}:
-            values |= {name: self.scores[name].r2(), f"{name}_interval": list(self.scores[name].interval())}
+        for name, score in self.scores.items():
+            if name.startswith("r2"):
+                values |= {name: score.r2(), f"{name}_interval": list(score.interval())}
         return values
 
 
@@ -103,8 +97,7 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     vector = moments.fit(rows_per_input)
 
     def five(x):
-        x_hat = sae(x).x_hat
-        linear = vector(x)
+        x_hat, linear = sae(x).x_hat, vector(x)
         return dict(zip(FIVE, (x, x_hat, x - x_hat, linear, x - x_hat - linear)))
 
     def squares(parts):
@@ -114,8 +107,7 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     for batch in slices(fit):
         norm_moments.add(batch["x"], squares(five(batch["x"])))
     norm = norm_moments.fit(rows_per_input)
-    scores = {name: Scores() for name in ("r2", "fvu", "fvu_nonlinear", *(f"r2_norm_{name}" for name in FIVE))}
-    norms = {"error": [], "nonlinear": []}
+    scores, norms = collections.defaultdict(Scores), collections.defaultdict(list)
     for batch in slices(test):
         x, row = batch["x"], batch["row"]
         if both := seen & set(row.unique().tolist()):
@@ -127,29 +119,28 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
         target = squares(parts)
         residual = target - norm(x.double())
         for i, name in enumerate(FIVE):
-            scores[f"r2_norm_{name}"].add(target[:, i : i + 1], residual[:, i : i + 1], row)
-        for name in norms:
+            scores[f"r2_norm_{name}"].add(target[:, [i]], residual[:, [i]], row)
+        for name in ("error", "nonlinear"):
             norms[name].append(parts[name].norm(dim=1).cpu())
     at = FIVE.index("error")
-    return ErrorSplit(vector, Linear(norm.W[:, at], norm.c[at]), scores, {k: torch.cat(v) for k, v in norms.items()})
+    norm = Linear(norm.W[:, at], norm.c[at])
+    return ErrorSplit(vector, norm, dict(scores), {name: torch.cat(found) for name, found in norms.items()})
 
 
 def norm_scaling(norm_i: Tensor, norm_j: Tensor, nonlinear_i: Tensor) -> dict[str, float]:
     """How well ‖e_i‖ tells ‖e_j‖ of the same tokens [n]: r2 of least squares with bias; of what remains, the share that ‖nonlinear_i‖ removes."""
 
-    def residual(*inputs):
-        inputs = torch.stack([torch.ones_like(norm_j), *inputs], 1).double()
-        return norm_j.double() - inputs @ torch.linalg.lstsq(inputs, norm_j.double()[:, None]).solution.squeeze(1)
-
-    one, two = residual(norm_i).square().sum(), residual(norm_i, nonlinear_i).square().sum()
-    total = (norm_j - norm_j.mean()).double().square().sum()
-    return {"r2": float(1 - one / total), "removed": float(1 - two / one)}
+    one, two = (
+        map_of_norms(inputs, norm_j, 1).draws(0)[0] for inputs in (norm_i, torch.stack([norm_i, nonlinear_i], 1))
+    )
+    return {"r2": float(1 - one), "removed": float(1 - two / one)}
 
 
 def map_of_norms(norm_i: Tensor, norm_j: Tensor, n_contexts: int) -> Scores:
-    """The least squares of `norm_scaling`, of ‖e_j‖ on ‖e_i‖, as scores by context, for the interval of its R²."""
-    stream = in_batches(torch.stack([norm_i, norm_j], 1), len(norm_i) // n_contexts)
-    return map_from(lambda b: b["x"][:, :1], lambda b: b["x"][:, 1:], stream, stream)
+    """Least squares of ‖e_j‖ [n] on ‖e_i‖ [n], or on several inputs [n, d_u], as scores by context for the interval of its R²."""
+    both = torch.cat([norm_i.view(len(norm_j), -1), norm_j[:, None]], 1).double()
+    stream = in_batches(both, len(both) // n_contexts)
+    return map_from(lambda b: b["x"][:, :-1], lambda b: b["x"][:, -1:], stream, stream, rows_per_input=1)
 
 
 def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
@@ -159,8 +150,9 @@ def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
     count = torch.bincount(group, minlength=n_groups)
     mean = torch.bincount(group, v.double(), minlength=n_groups) / count.clamp_min(1)
     mean = torch.where(count > 0, mean, v.double().mean())
-    v_test = v_test.double()
-    return float(1 - (v_test - mean[group_test]).square().sum() / (v_test - v_test.mean()).square().sum())
+    scores = Scores()
+    scores.add(v_test[:, None], (v_test - mean[group_test])[:, None])
+    return scores.r2()
 
 
 @measuring
@@ -223,9 +215,7 @@ def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int
         n += tokens[:, 2:].numel()
     nats, squares = torch.tensor(nats, dtype=torch.double), torch.tensor(squares, dtype=torch.double)
     values = {f"ce_{name}": float(total) / n for name, total in zip(patches, nats.sum(0))}
-    drawn = torch.randint(len(nats), (1000, len(nats)), generator=torch.Generator().manual_seed(0))
-    drawn = torch.cat([torch.arange(len(nats))[None], drawn])
-    nats, squares = nats[drawn].sum(1), squares[drawn].sum(1)  # [1 + 1000, 5]
+    nats, squares = (resamples(len(nats)) @ sums for sums in (nats, squares))  # [1 + 1000, 5]
     for at, name in enumerate(settings, start=2):
         recovered = (nats[:, 1] - nats[:, at]) / (nats[:, 1] - nats[:, 0])
         share = 1 - squares[:, at] / squares[:, 1]

@@ -26,16 +26,13 @@ from ..values import real, whole
 from .metrics import kl_divergence
 
 AT_ONCE = 2**22  # floats that the largest tensor of a chunk of interventions holds: 16 MiB, what a CPU keeps near
-MEASURES = ("kl", "max_logit", "target_logprob", "specificity", "norm", "logprob_per_norm")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Interventions: n of them at once; called with x [n or 1, contexts, positions, d_in], they return [n, ...]
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Add:
-    """x + direction: `directions` [n, d_in], already at the length wanted (α · direction)."""
+    """x + direction: `directions` [n, d_in], already at the length wanted (α · direction).
+
+    An intervention acts n times at once: called with x [n or 1, contexts, positions, d_in], it returns [n, ...].
+    """
 
     def __init__(self, directions: Tensor):
         if not isinstance(directions, Tensor) or directions.ndim != 2 or not directions.isfinite().all():
@@ -49,10 +46,9 @@ class Add:
         return Add(self.directions[part])
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.directions.shape[1]:
-            raise ValueError(
-                f"directions are {self.directions.shape[1]} wide, and x at this hook is {x.shape[-1]} wide"
-            )
+        width = self.directions.shape[1]
+        if x.shape[-1] != width:
+            raise ValueError(f"directions are {width} wide, and x at this hook is {x.shape[-1]} wide")
         return x + self.directions[:, None, None].to(x)
 
 
@@ -116,20 +112,25 @@ def indices(name: str, values, n: int, where: str) -> Tensor:
     return found.long()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One forward pass
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def as_tokens(lm, rows) -> Tensor:
-    """Token ids as a tensor on the model's device; ValueError for what are none of this model."""
+def as_tokens(lm, rows, n: int | None = None) -> Tensor:
+    """Token ids [1 or n, contexts, n_ctx] on the model's device; ValueError for what are none of this model."""
     rows = rows if isinstance(rows, Tensor) else np.asarray(rows)
     if rows.ndim not in (2, 3):
         raise ValueError(
             f"rows are {described(rows)}: they have to be tokens [contexts, n_ctx] or [n, contexts, n_ctx]"
         )
     check_tokens(lm, rows.reshape(-1, rows.shape[-1]))
-    return torch.as_tensor(rows if isinstance(rows, Tensor) else rows.astype("int64")).long().to(lm.cfg.device)
+    rows = torch.as_tensor(rows if isinstance(rows, Tensor) else rows.astype("int64")).long().to(lm.cfg.device)
+    rows = rows if rows.ndim == 3 else rows[None]
+    if n and len(rows) not in (1, n):
+        raise ValueError(f"rows hold contexts for {len(rows)} interventions, but there are {n}")
+    return rows
+
+
+def slices(n: int, at_once: int, entries: int) -> list[slice]:
+    """Parts of n interventions, each of which has tensors of that many entries."""
+    size = max(1, at_once // entries)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 @torch.no_grad()
@@ -140,39 +141,26 @@ def steer(lm, rows, hook_name: str, edit, positions=None, at=None, at_once: int 
     0). at: positions whose predictions are wanted (default all but 0). part: slice of interventions; logits, clean
     [part or 1, contexts, at, d_vocab], and steered [part, ...]; norm [part]: mean ‖x_new − x‖ over the positions edited.
     """
-    rows = as_tokens(lm, rows)
-    rows = rows[None] if rows.ndim == 2 else rows
-    if len(rows) not in (1, len(edit)):
-        raise ValueError(f"rows hold contexts for {len(rows)} interventions, but there are {len(edit)}")
+    rows = as_tokens(lm, rows, len(edit))
     n_contexts, n_ctx = rows.shape[1:]
     mask = check_positions(positions, n_ctx).to(rows.device)
     at = check_positions(at, n_ctx, "at").to(rows.device)
+
+    def logits_with(tokens, x):
+        only = ("unembed.hook_in", lambda h, hook: h[:, at])  # other positions are not unembedded
+        logits = run_spliced(lm, tokens.flatten(0, 1), hook_name, x.flatten(0, 1), hooks=[only])
+        return logits.float().unflatten(0, x.shape[:2])
+
     entries = n_contexts * max(int(at.sum()) * lm.cfg.d_vocab, n_ctx * lm.cfg.d_model * 8)
-    shared = None
-    for start in range(0, len(edit), max(1, at_once // entries)):
-        part = slice(start, start + max(1, at_once // entries))
-        some = edit[part]
-        tokens = rows if len(rows) == 1 else rows[part]
-        if shared is None or len(rows) > 1:
-            x = run_prefix(lm, tokens.flatten(0, 1), [hook_name])[hook_name]
-            logits = logits_at(lm, tokens.flatten(0, 1), hook_name, x, at).unflatten(0, tokens.shape[:2])
-            shared = x.unflatten(0, tokens.shape[:2]), logits
-        x, logits = shared
+    logits = None
+    for part in slices(len(edit), at_once, entries):
+        some, tokens = edit[part], rows if len(rows) == 1 else rows[part]
+        if logits is None or len(rows) > 1:
+            x = run_prefix(lm, tokens.flatten(0, 1), [hook_name])[hook_name].unflatten(0, tokens.shape[:2])
+            logits = logits_with(tokens, x)
         new = torch.where(mask[:, None], some(x), x)
         norm = (new - x)[:, :, mask].norm(dim=-1).mean((1, 2))
-        spread = tokens.expand(len(some), -1, -1).flatten(0, 1)
-        steered = logits_at(lm, spread, hook_name, new.flatten(0, 1), at)
-        yield part, logits, steered.unflatten(0, (len(some), n_contexts)), norm
-
-
-def logits_at(lm, tokens: Tensor, hook_name: str, x: Tensor, at: Tensor) -> Tensor:
-    """Logits [batch, at, d_vocab] at some positions, with x at the hook: only those are unembedded."""
-    return run_spliced(lm, tokens, hook_name, x, hooks=[("unembed.hook_in", lambda h, hook: h[:, at])]).float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures
-# ---------------------------------------------------------------------------------------------------------------------
+        yield part, logits, logits_with(tokens.expand(len(some), -1, -1), new), norm
 
 
 @torch.no_grad()
@@ -186,16 +174,17 @@ def direct_logits(lm, directions: Tensor) -> Tensor:
     return direct[0].float()
 
 
+def of_targets(values: Tensor, targets: Tensor) -> Tensor:
+    """Entries of values [..., d_vocab] at the targets: [n_targets], or a row of them for each entry of the first axis."""
+    index = targets.view(-1, *[1] * (values.ndim - 2), targets.shape[-1])
+    return values.gather(-1, index.expand(*values.shape[:-1], -1))
+
+
 def target_logprob(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
     """log Σ_{t ∈ targets} p_new(t) − log Σ_{t ∈ targets} p(t) in nats; logits [..., d_vocab], targets [n_targets], or one row of
     them for each entry of the first axis of `new`."""
-
-    def log_share(logits):
-        index = targets.view(-1, *[1] * (new.ndim - 2), targets.shape[-1]).expand(*new.shape[:-1], -1)
-        log_p = logits.log_softmax(-1).expand(*new.shape[:-1], -1)
-        return log_p.gather(-1, index).logsumexp(-1)
-
-    return log_share(new) - log_share(logits)
+    before, after = logits.log_softmax(-1).expand_as(new), new.log_softmax(-1)
+    return of_targets(after, targets).logsumexp(-1) - of_targets(before, targets).logsumexp(-1)
 
 
 def specificity(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
@@ -204,12 +193,11 @@ def specificity(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
     0: the targets rise no more than the vocabulary does; 3: three standard deviations more. No unit, so strengths compare.
     """
     delta = new - logits
-    index = targets.view(-1, *[1] * (new.ndim - 2), targets.shape[-1]).expand(*new.shape[:-1], -1)
-    own = delta.gather(-1, index)
+    own = of_targets(delta, targets)
     n_others = delta.shape[-1] - targets.shape[-1]
     mean = (delta.sum(-1) - own.sum(-1)) / n_others
-    centred = delta - mean[..., None]
-    variance = (centred.square().sum(-1) - (own - mean[..., None]).square().sum(-1)) / n_others
+    squares, own_squares = (((d - mean[..., None]).square()).sum(-1) for d in (delta, own))
+    variance = (squares - own_squares) / n_others
     return (own.mean(-1) - mean) / variance.clamp_min(1e-12).sqrt()
 
 
@@ -224,20 +212,18 @@ def effects(
     max_logit: max over the vocabulary of |Δ logit|. target_logprob, specificity: the functions of these names. norm: mean
     ‖x_new − x‖ where edited. logprob_per_norm: target_logprob / norm, nats per unit of x (0 where nothing was changed).
     """
-    parts, targets = [], check_targets(targets, len(edit), lm.cfg.d_vocab)
-    also = {name: check_targets(more, len(edit), lm.cfg.d_vocab) for name, more in (also or {}).items()}
+    sets = {"target_logprob": targets} | (also or {})
+    sets = {name: check_targets(more, len(edit), lm.cfg.d_vocab).to(lm.cfg.device) for name, more in sets.items()}
+    parts = []
     for part, logits, new, norm in steer(lm, rows, hook_name, edit, positions, at, at_once):
-        own = targets[part].to(new.device)
-        measured = [kl_divergence(logits, new), (new - logits).abs().amax(-1)]
-        measured += [target_logprob(logits, new, own), specificity(logits, new, own)]
-        means = [m.mean(2) if each_context else m.mean((1, 2)) for m in measured]
-        norm = norm[:, None] if each_context else norm
-        means += [norm, torch.where(norm > 0, means[2] / norm.clamp_min(1e-12), 0)]
-        for more in also.values():
-            change = target_logprob(logits, new, more[part].to(new.device))
-            means.append(change.mean(2) if each_context else change.mean((1, 2)))
-        parts.append([m.cpu() for m in means])
-    return {name: torch.cat(found) for name, found in zip([*MEASURES, *also], zip(*parts))}
+        found = {"kl": kl_divergence(logits, new), "max_logit": (new - logits).abs().amax(-1)}
+        found |= {name: target_logprob(logits, new, tokens[part]) for name, tokens in sets.items()}
+        found["specificity"] = specificity(logits, new, sets["target_logprob"][part])
+        found = {name: value.mean(2 if each_context else (1, 2)) for name, value in found.items()}
+        found["norm"] = norm = norm[:, None] if each_context else norm
+        found["logprob_per_norm"] = torch.where(norm > 0, found["target_logprob"] / norm.clamp_min(1e-12), 0)
+        parts.append({name: value.cpu() for name, value in found.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def check_targets(targets, n: int, d_vocab: int) -> Tensor:
@@ -264,12 +250,8 @@ def latent_effects(
     pushes = scaled(directions, norm).to(lm.cfg.device)
     tokens = direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens
     found = effects(lm, rows, hook_name, Add(pushes), tokens[:, None], at_once=at_once)
-    return {
-        "kl": found["kl"],
-        "max_logit": found["max_logit"],
-        "own_logprob": found["target_logprob"],
-        "tokens": tokens,
-    }
+    found["own_logprob"] = found["target_logprob"]
+    return {name: found[name] for name in ("kl", "max_logit", "own_logprob")} | {"tokens": tokens}
 
 
 def scaled(directions: Tensor, norm: float) -> Tensor:
@@ -279,11 +261,6 @@ def scaled(directions: Tensor, norm: float) -> Tensor:
     if not (lengths > 0).all():
         raise ValueError(f"direction {int((lengths == 0).nonzero()[0, 0])} has length 0: it cannot be made {norm} long")
     return norm * directions.detach() / lengths
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -300,18 +277,17 @@ def generate(
     from transformers import DynamicCache
 
     check_hook(lm, hook_name)
-    rows, n_new = as_tokens(lm, rows), whole("n_new", n_new)
+    rows, n_new = as_tokens(lm, rows, len(edit)), whole("n_new", n_new)
     temperature, seed = real("temperature", temperature, least=0), whole("seed", seed, least=0)
     cached = cached and cache_is_exact(lm)
-    rows = rows.expand(len(edit), -1, -1)
     n_contexts, n_prompt = rows.shape[1:]
     if n_prompt + n_new > lm.cfg.n_ctx:
         raise ValueError(f"{n_prompt} + n_new={n_new} tokens are more than the model's context of {lm.cfg.n_ctx}")
     mask = check_positions(positions, n_prompt + n_new).to(rows.device)
-    chunk = max(1, at_once // (n_contexts * max(lm.cfg.d_vocab, n_prompt * lm.cfg.d_model * 8)))
+    entries = n_contexts * max(lm.cfg.d_vocab, n_prompt * lm.cfg.d_model * 8)
     done = []
-    for start in range(0, len(edit), chunk):
-        some, text = edit[start : start + chunk], rows[start : start + chunk].flatten(0, 1)
+    for part in slices(len(edit), at_once, entries):
+        some, text = edit[part], rows.expand(len(edit), -1, -1)[part].flatten(0, 1)
         noise = torch.Generator().manual_seed(seed)
         cache = DynamicCache() if cached else None
         for step in range(n_new):

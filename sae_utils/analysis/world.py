@@ -1,11 +1,13 @@
 """Synthetic data in which every part of an SAE's error is known, so that the probes of `sae_utils.dark_matter` can be scored (ours)."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..values import one_of
 from .dark_matter import map_from
 from .least_squares import Moments
 
@@ -38,20 +40,17 @@ class World:
         def normal(*shape):
             return torch.randn(*shape, generator=generator)
 
-        if self.introduced_kind not in KINDS:
-            raise ValueError(f"introduced_kind={self.introduced_kind!r}: {', '.join(KINDS)} are there")
+        one_of("introduced_kind", self.introduced_kind, KINDS)
         directions = normalize(normal(self.n_features, self.d_in), dim=1)
         frequency = 1 / torch.arange(1, self.n_features + 1)
         frequency = (self.l0 * frequency / frequency.sum()).clamp_max(0.5)
-        weights = (torch.rand(n, self.n_features, generator=generator) < frequency) * (
-            0.5 + torch.rand(n, self.n_features, generator=generator)
-        )
-        known, absent = weights.clone(), weights.clone()
-        known[:, self.n_known :], absent[:, : self.n_known] = 0, 0
+        fires = torch.rand(n, self.n_features, generator=generator) < frequency
+        weights = fires * (0.5 + torch.rand(n, self.n_features, generator=generator))
         basis = normalize(normal(self.rank, self.d_in), dim=1) * (self.d_in / self.rank) ** 0.5
-        parts = {"absent": absent @ directions, "dense": self.dense * normal(n, self.rank) @ basis}
+        known, absent = weights.tensor_split([self.n_known], 1)
+        seen = known @ directions[: self.n_known]
+        parts = {"absent": absent @ directions[self.n_known :], "dense": self.dense * normal(n, self.rank) @ basis}
         parts["noise"] = self.noise * normal(n, self.d_in)
-        seen = known @ directions
         x = seen + sum(parts.values())
         parts["shrinkage"] = (1 - self.shrink) * seen
         own = self.introduced * normal(n, self.d_in)
@@ -84,13 +83,10 @@ def attribution(x: Tensor, parts: dict[str, Tensor]) -> dict[str, dict[str, floa
     total = trace(error[half:], error[half:])
     account = {}
     for name, part in parts.items():
-        part = part[half:]
-        whole = trace(error[half:], part)
-        account[name] = {"share": whole / total, "linear": trace(linear, part) / total}
-        account[name] |= {
-            "nonlinear": trace(nonlinear, part) / total,
-            "kept": trace(linear, part) / whole if whole else 0.0,
-        }
+        own = trace(error[half:], part[half:])
+        in_linear, in_nonlinear = trace(linear, part[half:]), trace(nonlinear, part[half:])
+        account[name] = {"share": own / total, "linear": in_linear / total, "nonlinear": in_nonlinear / total}
+        account[name]["kept"] = in_linear / own if own else 0.0
     return account
 
 
@@ -114,13 +110,11 @@ def noise_grid(levels, n_known=(256, 192, 128), n: int = 8000, seed: int = 0) ->
 
     levels: standard deviations, for both; n_known: how many of 256 features, the most frequent, the SAE has. [n_worlds] each.
     """
-    found = {"n_known": [], "noise": [], "introduced": [], "nonlinear": []}
-    for known in n_known:
-        for noise in levels:
-            for introduced in levels:
-                world = World(n_known=known, noise=float(noise), introduced=float(introduced), seed=seed)
-                account = attribution(*world.draw(n))
-                nonlinear = sum(part["nonlinear"] for part in account.values())
-                for key, value in zip(found, (known, noise, account["introduced"]["share"], nonlinear)):
-                    found[key].append(float(value))
-    return {key: torch.tensor(value) for key, value in found.items()}
+    found = []
+    for known, noise, introduced in itertools.product(n_known, levels, levels):
+        account = attribution(
+            *World(n_known=known, noise=float(noise), introduced=float(introduced), seed=seed).draw(n)
+        )
+        nonlinear = sum(part["nonlinear"] for part in account.values())
+        found.append([float(known), float(noise), account["introduced"]["share"], nonlinear])
+    return dict(zip(("n_known", "noise", "introduced", "nonlinear"), torch.tensor(found).T))
