@@ -12,10 +12,10 @@ from .least_squares import Moments, solve
 
 @measuring
 def identity(sae, stream) -> dict[str, float]:
-    """How far an SAE is from Cov(e, x̂) = 0, in sample; there b* = Σ_x⁻¹ Σ_e and R² = tr(Σ_e Σ_x⁻¹ Σ_e) / tr Σ_e ≥ FVU.
+    """How far an SAE is from Cov(e, x̂) = 0, where b* = Σ_x⁻¹ Σ_e and R² = tr(Σ_e Σ_x⁻¹ Σ_e) / tr Σ_e ≥ FVU hold in sample.
 
-    r2: of the probe; r2_identity: that formula; gap: their difference, absolute; distance: E‖x (b* − Σ_x⁻¹ Σ_e)‖² / tr Σ_e, by how much the two
-    predictions differ; fvu; bound_holds: r2 ≥ fvu (up to 1e-9).
+    r2: of the probe; r2_identity: by that formula; gap: their absolute difference; distance: E‖x (b* − Σ_x⁻¹ Σ_e)‖² / tr Σ_e, by
+    how much the two predictions differ; fvu; bound_holds: r2 ≥ fvu, up to 1e-9.
     """
     moments, errors = Moments(), Moments()
     for batch in stream:
@@ -47,10 +47,10 @@ class Refitted:
 
 @measuring
 def refit_decoder(sae, stream, ridge: float = 1e-9) -> Refitted:
-    """argmin over W_dec, b_dec of Σ‖x − f W_dec − b_dec‖² with latents f frozen: the decoder optimum, where Cov(e, x̂) = 0.
+    """The best decoder for the latents f of an SAE: argmin over W_dec, b_dec of Σ‖x − f W_dec − b_dec‖². There Cov(e, x̂) = 0.
 
-    Normal equations [d_sae + 1, d_sae + 1] in fp64, summed from pairs of active latents; `ridge`, times the mean diagonal, keeps them
-    solvable where latents always fire together. A latent that never fires keeps its row.
+    Normal equations [d_sae + 1, d_sae + 1] in fp64, summed from pairs of active latents. `ridge`, times the mean diagonal, keeps
+    them solvable where latents always fire together. A latent that never fires keeps its row.
     """
     d = sae.d_sae
     gram = torch.zeros(d + 1, d + 1, dtype=torch.double, device=sae.W_dec.device)  # the last one is the bias

@@ -1,8 +1,8 @@
 """What an SAE leaves unexplained (arXiv 2410.14670).
 
-Probes predict the error e = x − x̂ from x by least squares, and split it into a linear and a nonlinear part; beside them stand
-the controls, which are ours: what any least-squares decoder implies, Gaussian data, an untrained model. `sae_utils.world` has data
-where every part of the error is known; how much is the encoder's fault, `sae_utils.pursuit` says.
+Probes predict the error e = x − x̂ from x by least squares, and split it into a linear and a nonlinear part. `controls` (ours) holds
+what the numbers are compared with, `world` data in which every part of the error is known, and `pursuit` says how much of the error
+is the encoder's fault.
 
 Probes read streams: an iterable, gone through more than once, of dicts with `x` [n, d_in] and `row` [n], the context of each token.
 """
@@ -20,9 +20,10 @@ from .least_squares import ROWS_PER_INPUT, Linear, Moments, Scores, in_batches, 
 
 
 def verdict(value: list[float], within: tuple[float, float], control: float, name: str = "") -> dict:
-    """Whether a claim is true here: its value's interval [value, low, high] lies in a range, or outside, or reaches over an end of it.
+    """Whether a claim is true here, from its value [value, low, high] and the range that the claim allows.
 
-    If a control, which knows nothing of what the claim is about, is in the range as well, the claim holds and is no evidence.
+    The claim holds if the whole interval is in the range, and does not if all of it is outside. If a control, which knows nothing
+    of what the claim is about, is in the range as well, a claim that holds is no evidence.
     """
     (v, low, high), (at_least, at_most) = value, within
     known = low <= high  # not where they are NaN
@@ -128,8 +129,10 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
 
 
 def norm_scaling(norm_i: Tensor, norm_j: Tensor, nonlinear_i: Tensor) -> dict[str, float]:
-    """How well ‖e_i‖ tells ‖e_j‖ of the same tokens [n]: r2 of least squares with bias; of what remains, the share that ‖nonlinear_i‖ removes."""
+    """How well ‖e_i‖ predicts ‖e_j‖ of the same tokens [n], by least squares with bias.
 
+    r2: of ‖e_i‖ alone; removed: the share of what remains that ‖nonlinear_i‖ removes.
+    """
     one, two = (
         map_of_norms(inputs, norm_j, 1).draws(0)[0] for inputs in (norm_i, torch.stack([norm_i, nonlinear_i], 1))
     )
@@ -144,7 +147,10 @@ def map_of_norms(norm_i: Tensor, norm_j: Tensor, n_contexts: int) -> Scores:
 
 
 def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-    """R² on test tokens of the mean over each group of fitting tokens; (values [n], group [n]) of both, a new group gets the mean of all."""
+    """R² on test tokens of the mean of their group over the fitting tokens; a new group gets the mean of all.
+
+    fit, test: (values [n], group [n]).
+    """
     (v, group), (v_test, group_test) = fit, test
     n_groups = int(max(group.max(), group_test.max())) + 1
     count = torch.bincount(group, minlength=n_groups)
@@ -157,7 +163,7 @@ def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
 
 @measuring
 def norm_baselines(sae, fit, test, power: int = 2) -> dict[str, float]:
-    """R² of ‖e‖^power on the test stream from what is cheaper than x: its length (‖x‖, ‖x‖²), the token, the position (means of groups)."""
+    """R² of ‖e‖^power on the test stream from less than x: its length (‖x‖, ‖x‖²), the token, the position (means of groups)."""
 
     def target(batch):
         return (batch["x"] - sae(batch["x"]).x_hat).norm(dim=1, keepdim=True) ** power
@@ -179,7 +185,7 @@ def norm_baselines(sae, fit, test, power: int = 2) -> dict[str, float]:
 
 @measuring
 def along_latents(sae, split: ErrorSplit, stream) -> dict[str, Tensor]:
-    """Of every latent that fires on the stream: its mean activation, and W_dec · a for the probes a of ‖e‖² and of ‖x‖²."""
+    """The mean activation of each latent that fires on the stream, and its W_dec · a for the probes a of ‖e‖² and of ‖x‖²."""
     moments, total = Moments(), 0
     for batch in stream:
         moments.add(batch["x"], batch["x"].square().sum(1, keepdim=True))
@@ -193,10 +199,9 @@ def along_latents(sae, split: ErrorSplit, stream) -> dict[str, Tensor]:
 def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int = 4) -> dict[str, float | list[float]]:
     """Cross-entropy with the activation at positions ≥ 1 replaced by x̂, x̂ + LinearError, x̂ + NonlinearError.
 
-    recovered = (CE_sae − CE_setting) / (CE_sae − CE_clean), beside share = 1 − Σ‖x − patch‖² / Σ‖e‖², which says how much of
-    the error's squared length the patch has put back; ratio = recovered / share as (value, low, high), batches of rows drawn again.
-    A control (ours), "fraction": x̂ + s e with the share of the nonlinear error. Mean over predictions at positions ≥ 1 of
-    `rows` [n, n_ctx].
+    recovered = (CE_sae − CE_setting) / (CE_sae − CE_clean); share = 1 − Σ‖x − patch‖² / Σ‖e‖², how much of the error's squared
+    length the patch puts back; ratio = recovered / share as (value, low, high), with batches of rows drawn again. "fraction" is a
+    control (ours): x̂ + s e with the share of the nonlinear error. Means are over predictions at positions ≥ 1 of `rows` [n, n_ctx].
     """
     settings = ("linear", "nonlinear", "fraction")
     nats, squares, n = [], [], 0

@@ -77,6 +77,9 @@ def bootstrap(
     values: [n_values], or a pair of such arrays for the difference of their statistics, resampled apart. The interval says how
     exact the number is for these latents (or seeds), not whether another training would give the same.
     Raises ValueError for no values.
+
+    >>> bootstrap([1.0, 2.0, 3.0, 4.0])
+    (2.5, 1.5, 3.5)
     """
     samples = values if isinstance(values, tuple) else (values,)
     samples = [np.asarray(s, dtype=float) for s in samples]

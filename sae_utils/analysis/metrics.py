@@ -67,7 +67,11 @@ class ReconstructionSums:
 
 
 def kl_divergence(logits: Tensor, logits_new: Tensor) -> Tensor:
-    """KL(orig ‖ new) = Σ_v p_orig (log p_orig − log p_new) in nats, over the last axis."""
+    """KL(orig ‖ new) = Σ_v p_orig (log p_orig − log p_new) in nats, over the last axis.
+
+    >>> kl_divergence(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
+    tensor(0.1438)
+    """
     log_p, log_q = logits.float().log_softmax(-1), logits_new.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -202,12 +206,12 @@ def alive_latents(sae, batches, window: int) -> Tensor:
     batches: tensors [..., d_in] or batch dicts. Their number grows with the window: say which (arXiv 2405.12241: 500,000).
     Raises ValueError if the stream ends before.
     """
-    fired, left = None, whole("window", window)
+    left, fired = whole("window", window), torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
     for batch in batches:
         x = as_batch(batch)["x"]
         x = x.reshape(-1, x.shape[-1])[:left].to(sae.W_dec.device)
-        now = (sae.encode(x) > 0).any(0)
-        fired, left = now if fired is None else fired | now, left - len(x)
+        fired |= (sae.encode(x) > 0).any(0)
+        left -= len(x)
         if not left:
             return fired
     raise ValueError(f"window={window:,}: the stream ended {left:,} tokens before")

@@ -16,7 +16,8 @@ KINDS = ("white", "anisotropic", "grows", "of x")  # of introduced error
 
 @dataclass
 class World:
-    """x = Σ_i w_i y_i + dense + noise: sparse features y_i of unit norm with Zipf's frequencies, a dense Gaussian part of low rank, white noise.
+    """x = Σ_i w_i y_i + dense + noise: sparse features y_i of unit norm with Zipf's frequencies, a dense Gaussian part of low rank,
+    and white noise.
 
     The imagined SAE knows the n_known most frequent features exactly, returns `shrink` of their weights, and adds an error of its own.
     """
@@ -66,10 +67,10 @@ class World:
 
 
 def attribution(x: Tensor, parts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Where each part of e = Σ parts goes: share of tr Cov(e), and the shares of it in the linear and the nonlinear error.
+    """Where each part of e = Σ parts goes: its share of tr Cov(e), and how much of that is in the linear and the nonlinear error.
 
     With p a part, tr Cov(N, p) summed over parts is tr Cov(N): an exact account of the nonlinear error, and so for the linear one.
-    "kept" = tr Cov(L, p) / tr Cov(e, p), the share of a part that the linear error takes. Fitted and scored on halves of x [n, d_in].
+    kept = tr Cov(L, p) / tr Cov(e, p) is what the linear error takes of the part. Fitted and scored on halves of x [n, d_in].
     """
     half, error = len(x) // 2, sum(parts.values())
     moments = Moments()
@@ -91,9 +92,9 @@ def attribution(x: Tensor, parts: dict[str, Tensor]) -> dict[str, dict[str, floa
 
 
 def attribution_error(account: dict[str, dict[str, float]]) -> float:
-    """Σ over parts of the share of tr Cov(e) on the side where the paper does not read it.
+    """Σ over parts of the share of tr Cov(e) that lies where the paper does not read it.
 
-    The paper reads NonlinearError as what the SAE introduced and LinearError as all else.
+    The paper reads NonlinearError as what the SAE introduced, and LinearError as all else.
     """
     return sum(abs(part["linear" if name == "introduced" else "nonlinear"]) for name, part in account.items())
 
@@ -106,9 +107,9 @@ def norm_r2(x: Tensor, part: Tensor) -> float:
 
 
 def noise_grid(levels, n_known=(256, 192, 128), n: int = 8000, seed: int = 0) -> dict[str, Tensor]:
-    """Shares of the error of `World`s: `introduced` as it is, `nonlinear` as probed, for every input noise and introduced error.
+    """Shares of the error of `World`s, for every input noise and introduced error: `introduced` itself, and `nonlinear` as probed.
 
-    levels: standard deviations, for both; n_known: how many of 256 features, the most frequent, the SAE has. [n_worlds] each.
+    levels: standard deviations of both. n_known: how many of the 256 features, the most frequent, the SAE has. Each [n_worlds].
     """
     found = []
     for known, noise, introduced in itertools.product(n_known, levels, levels):
