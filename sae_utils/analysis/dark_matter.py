@@ -11,6 +11,7 @@ import collections
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -152,12 +153,10 @@ def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
     fit, test: (values [n], group [n]).
     """
     (v, group), (v_test, group_test) = fit, test
-    n_groups = int(max(group.max(), group_test.max())) + 1
-    count = torch.bincount(group, minlength=n_groups)
-    mean = torch.bincount(group, v.double(), minlength=n_groups) / count.clamp_min(1)
-    mean = torch.where(count > 0, mean, v.double().mean())
+    mean = pd.Series(v.double().numpy()).groupby(group.numpy()).mean()
+    predicted = mean.reindex(group_test.numpy()).fillna(float(v.double().mean()))
     scores = Scores()
-    scores.add(v_test[:, None], (v_test - mean[group_test])[:, None])
+    scores.add(v_test[:, None], (v_test - torch.tensor(predicted.to_numpy()))[:, None])
     return scores.r2()
 
 

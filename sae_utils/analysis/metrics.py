@@ -199,7 +199,6 @@ def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
     return results if isinstance(sae, dict) else results[""]
 
 
-@torch.no_grad()
 def alive_latents(sae, batches, window: int) -> Tensor:
     """Which latents are active on at least one of the first `window` tokens of `batches`, by the inference rule: bool [d_sae].
 

@@ -163,13 +163,14 @@ def steer(lm, rows, hook_name: str, edit, positions=None, at=None, at_once: int 
         logits = run_spliced(lm, tokens.flatten(0, 1), hook_name, x.flatten(0, 1), hooks=[only])
         return logits.float().unflatten(0, x.shape[:2])
 
+    def clean(tokens):
+        x = run_prefix(lm, tokens.flatten(0, 1), [hook_name])[hook_name].unflatten(0, tokens.shape[:2])
+        return tokens, x, logits_with(tokens, x)
+
     entries = n_contexts * max(int(at.sum()) * lm.cfg.d_vocab, n_ctx * lm.cfg.d_model * 8)
-    logits = None
+    shared = clean(rows) if len(rows) == 1 else None
     for part in parts_of(len(edit), at_once, entries):
-        some, tokens = edit[part], rows if len(rows) == 1 else rows[part]
-        if logits is None or len(rows) > 1:
-            x = run_prefix(lm, tokens.flatten(0, 1), [hook_name])[hook_name].unflatten(0, tokens.shape[:2])
-            logits = logits_with(tokens, x)
+        some, (tokens, x, logits) = edit[part], shared or clean(rows[part])
         new = torch.where(mask[:, None], some(x), x)
         norm = (new - x)[:, :, mask].norm(dim=-1).mean((1, 2))
         yield part, logits, logits_with(tokens.expand(len(some), -1, -1), new), norm
