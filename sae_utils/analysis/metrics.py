@@ -146,9 +146,10 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
         logits_with(mean, "ce_mean")
         for name, one in saes.items():
             out = one(x)
+            latents = out.latents.flatten(0, 1)
             if name not in sums:
-                sums[name] = ReconstructionSums(x.shape[-1], out.latents.shape[-1], x.device, usual)
-            sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), out.latents.flatten(0, 1))
+                sums[name] = ReconstructionSums(x.shape[-1], latents.shape[-1], x.device, usual)
+            sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), latents)
             new = logits_with(out.x_hat, ("ce_sae", name))
             nats["kl", name] += kl_divergence(logits[:, 1:-1], new[:, 1:-1]).double().sum()
     n_predictions = sum(tokens[:, 2:].numel() for tokens in chunks)
