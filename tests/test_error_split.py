@@ -51,8 +51,6 @@ def test_moments_of_the_same_inputs_share_their_sums():
     for moments in (shared, alone):
         moments.add(u, w)
     assert torch.equal(shared.fit().W, alone.fit().W) and torch.equal(shared.fit().c, alone.fit().c)
-    with pytest.raises(ValueError, match="joint=True keeps all sums"):
-        least_squares.Moments(joint=True, of=first)
 
 
 def test_an_input_without_variance_takes_no_part():

@@ -10,7 +10,6 @@ import torch
 from sae_utils import TopKSAE
 from sae_utils.analysis import geometry
 from sae_utils.analysis.geometry import (
-    assignment,
     bootstrap,
     directions,
     matching,
@@ -53,44 +52,46 @@ def test_across_dictionaries_each_direction_of_the_question_has_its_answer(chunk
         max_cosine(a, torch.ones(4, 3))
 
 
-@pytest.mark.parametrize("most", [8192, 0], ids=["best", "greedy"])
-def test_matching_finds_a_permutation(most, chunked):
+def test_matching_finds_a_permutation(chunked):
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(50, 16, generator=generator)
     order = torch.randperm(50, generator=generator)
-    partner, cosine = matching(a, 3 * a[order] + 0.1 * torch.randn(50, 16, generator=generator), most)
+    partner, cosine = matching(a, 3 * a[order] + 0.1 * torch.randn(50, 16, generator=generator))
     assert torch.equal(order[partner], torch.arange(50)) and (cosine > 0.95).all()
-    partner, cosine = matching(a, a[order][:20], most)
+    partner, cosine = matching(a, a[order][:20])
     assert (partner < 0).sum() == 30 == cosine.isnan().sum() and sorted(partner[partner >= 0].tolist()) == list(
         range(20)
     )
 
 
-def test_matching_is_the_best_of_all_and_greedy_takes_the_nearest_pair_first():
+def test_matching_takes_the_largest_total_and_not_the_nearest_pair():
     # 0° is nearest to 10°, and so is 20°; giving 10° to 0° leaves 20° with 300° (cos 280°), the other way round with 300° (cos 60°)
     a, b = at(0.0, 19.0), at(10.0, 300.0)
     best, cosine = matching(a, b)
     pairs = {p: (directions(a) * directions(b)[list(p)]).sum().item() for p in itertools.permutations(range(2))}
     assert tuple(best.tolist()) == max(pairs, key=pairs.get) == (1, 0)
     torch.testing.assert_close(cosine, cos(60.0, 9.0))
-    a = at(0.0, 15.0)
-    assert matching(a, at(9.0, 330.0))[0].tolist() == [1, 0]  # by best total
-    assert matching(at(0.0, 20.0), at(9.0, 200.0), most=0)[0].tolist() == [0, 1]  # 9° < 11°
-    assert matching(at(0.0, 17.0), at(9.0, 200.0), most=0)[0].tolist() == [1, 0]  # 9° > 8°
+    assert matching(at(0.0, 15.0), at(9.0, 330.0))[0].tolist() == [1, 0]
+    # the nearest pair, 0° and 14°, would leave 30° with 330°: cos 14° + cos 60° < cos 16° + cos 30°
+    assert matching(at(0.0, 30.0), at(14.0, 330.0))[0].tolist() == [1, 0]
 
 
-def test_assignment_against_all_permutations():
-    generator = np.random.default_rng(0)
-    for n, m in [(1, 1), (1, 4), (4, 4), (5, 6), (6, 6)]:
-        cost = generator.normal(size=(n, m)) if n < 6 else generator.integers(0, 3, (n, m)).astype(float)  # with ties
-        found = assignment(cost)
-        best = min(sum(cost[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(m), n))
-        assert len(set(found.tolist())) == n and cost[np.arange(n), found].sum() == pytest.approx(best)
+def test_matching_against_all_permutations():
+    generator = torch.Generator().manual_seed(0)
+    for n, m in [(1, 1), (1, 4), (4, 1), (4, 4), (5, 6), (6, 5)]:
+        a, b = torch.randn(n, 3, generator=generator), torch.randn(m, 3, generator=generator)
+        partner, cosine = matching(a, b)
+        cosines = (directions(a) @ directions(b).T).numpy()
+        cosines = cosines if n <= m else cosines.T
+        best = max(
+            sum(cosines[i, j] for i, j in enumerate(p)) for p in itertools.permutations(range(max(n, m)), min(n, m))
+        )
+        assert len(set(partner[partner >= 0].tolist())) == min(n, m) and cosine.nansum().item() == pytest.approx(best)
 
 
-def test_greedy_ends_where_all_are_equal():
+def test_matching_pairs_all_where_all_are_equal():
     same = torch.ones(6, 3)
-    assert sorted(matching(same, same, most=0)[0].tolist()) == list(range(6))
+    assert sorted(matching(same, same)[0].tolist()) == list(range(6))
 
 
 def test_bootstrap_covers_the_mean_as_often_as_it_says():
@@ -110,7 +111,7 @@ def test_bootstrap_of_a_difference_and_of_nothing():
     value, low, high = bootstrap((a, b))
     # the mean of a is 1, 2 or 3 (¼, ½, ¼), that of b 0, 1, 2 or 3 (8, 12, 6, 1 of 27): −2 has 0.9%, −1 7.4%, 3 again 7.4%
     assert value == 1 and low == -1 and high == 3
-    assert bootstrap(np.full(5, 2.0)) == (2, 2, 2)
+    assert bootstrap(np.full(5, 2.0)) == (2, 2, 2) == bootstrap([2.0])
     assert bootstrap(a, np.median, seed=1) == bootstrap(a, np.median, seed=1)
     with pytest.raises(ValueError, match="empty"):
         bootstrap([])
@@ -154,6 +155,6 @@ def test_cosines_of_many_latents_never_exist_at_once(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
     D = torch.randn(500, 8)
-    max_cosine_within(D), max_cosine(D, D), matching(D, D, most=100)
+    max_cosine_within(D), max_cosine(D, D)
     assert max(largest) == 16 * 500
     assert math.isfinite(max_cosine(D, D).mean())

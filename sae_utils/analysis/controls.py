@@ -1,34 +1,31 @@
-"""Controls for what is said of an SAE's error: the algebra of a refitted decoder, and data and SAEs without features."""
+"""Controls (ours) for what is said of an SAE's error: the algebra of a refitted decoder, and data and SAEs without features."""
 
-import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..activations.model import load_language_model
 from ..saes.base import SAEOutput, inference, measuring
-from ..sparse.select_encode import sparse_decode
 from .least_squares import Moments, solve
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Controls (ours)
-# ---------------------------------------------------------------------------------------------------------------------
 @measuring
 def identity(sae, stream) -> dict[str, float]:
-    """How far an SAE is from Cov(e, x̂) = 0, in sample; there b* = Σ_x⁻¹ Σ_e and R² = tr(Σ_e Σ_x⁻¹ Σ_e) / tr Σ_e ≥ FVU.
+    """How far an SAE is from Cov(e, x̂) = 0, where b* = Σ_x⁻¹ Σ_e and R² = tr(Σ_e Σ_x⁻¹ Σ_e) / tr Σ_e ≥ FVU hold in sample.
 
-    r2: of the probe; r2_identity: that formula; gap: their difference, absolute; distance: E‖x (b* − Σ_x⁻¹ Σ_e)‖² / tr Σ_e, by how much the two
-    predictions differ; fvu; bound_holds: r2 ≥ fvu (up to 1e-9).
+    r2: of the probe; r2_identity: by that formula; gap: their absolute difference; distance: E‖x (b* − Σ_x⁻¹ Σ_e)‖² / tr Σ_e, by
+    how much the two predictions differ; fvu; bound_holds: r2 ≥ fvu, up to 1e-9.
     """
-    moments = Moments(joint=True)
+    moments, errors = Moments(), Moments()
     for batch in stream:
-        moments.add(batch["x"], batch["x"] - sae(batch["x"]).x_hat)
-    d, (_, cov) = moments.d_u, moments.covariance()
-    xx, xe, ee = cov[:d, :d], cov[:d, d:], cov[d:, d:]
+        error = batch["x"] - sae(batch["x"]).x_hat
+        moments.add(batch["x"], error)
+        errors.add(error, error[:, :0])
+    (_, cov), (mean_error, ee) = moments.covariance(), errors.covariance()
+    xx, xe = cov.split([moments.d_u, errors.d_u], 1)
     b, b_identity, power = solve(xx, xe), solve(xx, ee), ee.trace().clamp_min(1e-300)
     r2, r2_identity = (xe * b).sum() / power, (ee * b_identity).sum() / power
-    mean_error = moments.sums[0][d:] / moments.n
     fvu = (power + mean_error.square().sum()) / xx.trace()
     values = {"r2": r2, "r2_identity": r2_identity, "gap": (r2 - r2_identity).abs(), "fvu": fvu}
     values["distance"] = ((b - b_identity) * (xx @ (b - b_identity))).sum() / power
@@ -44,21 +41,16 @@ class Refitted:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> SAEOutput:
         with inference(self.sae):
-            out = copy.copy(self.sae(x))
-        if out.active is None:
-            x_hat = out.dense @ self.W_dec
-        else:
-            x_hat = sparse_decode(out.values.flatten(), out.active, self.W_dec)
-        out.x_hat = (x_hat + self.b_dec).view(x.shape)
-        return out
+            out = self.sae(x)
+        return replace(out, x_hat=out.latents @ self.W_dec + self.b_dec)
 
 
 @measuring
 def refit_decoder(sae, stream, ridge: float = 1e-9) -> Refitted:
-    """argmin over W_dec, b_dec of Σ‖x − f W_dec − b_dec‖² with latents f frozen: the decoder optimum, where Cov(e, x̂) = 0.
+    """The best decoder for the latents f of an SAE: argmin over W_dec, b_dec of Σ‖x − f W_dec − b_dec‖². There Cov(e, x̂) = 0.
 
-    Normal equations [d_sae + 1, d_sae + 1] in fp64, summed from pairs of active latents; `ridge`, times the mean diagonal, keeps them
-    solvable where latents always fire together. A latent that never fires keeps its row.
+    Normal equations [d_sae + 1, d_sae + 1] in fp64, summed from pairs of active latents. `ridge`, times the mean diagonal, keeps
+    them solvable where latents always fire together. A latent that never fires keeps its row.
     """
     d = sae.d_sae
     gram = torch.zeros(d + 1, d + 1, dtype=torch.double, device=sae.W_dec.device)  # the last one is the bias

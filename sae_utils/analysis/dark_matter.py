@@ -1,32 +1,36 @@
 """What an SAE leaves unexplained (arXiv 2410.14670).
 
-Probes predict the error e = x − x̂ from x by least squares, and split it into a linear and a nonlinear part; beside them stand
-the controls, which are ours: what any least-squares decoder implies, Gaussian data, an untrained model. `sae_utils.world` has data
-where every part of the error is known; how much is the encoder's fault, `sae_utils.pursuit` says.
+Probes predict the error e = x − x̂ from x by least squares, and split it into a linear and a nonlinear part. `controls` (ours) holds
+what the numbers are compared with, `world` data in which every part of the error is known, and `pursuit` says how much of the error
+is the encoder's fault.
 
 Probes read streams: an iterable, gone through more than once, of dicts with `x` [n, d_in] and `row` [n], the context of each token.
 """
 
+import collections
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from ..activations.hooks import run_prefix, run_spliced, token_loss
 from ..saes.base import measuring
-from .least_squares import ROWS_PER_INPUT, Linear, Moments, Scores, in_batches, slices, with_interval
+from .least_squares import ROWS_PER_INPUT, Linear, Moments, Scores, in_batches, resamples, slices, with_interval
 
 
 def verdict(value: list[float], within: tuple[float, float], control: float, name: str = "") -> dict:
-    """Whether a claim is true here: its value's interval [value, low, high] lies in a range, or outside, or reaches over an end of it.
+    """Whether a claim is true here, from its value [value, low, high] and the range that the claim allows.
 
-    If a control, which knows nothing of what the claim is about, is in the range as well, the claim holds and is no evidence.
+    The claim holds if the whole interval is in the range, and does not if all of it is outside. If a control, which knows nothing
+    of what the claim is about, is in the range as well, a claim that holds is no evidence.
     """
     (v, low, high), (at_least, at_most) = value, within
-    if not low <= high or high < at_least or low > at_most:
-        says = "undecided" if not low <= high else "does not hold here"
-    elif low < at_least or high > at_most:
+    known = low <= high  # not where they are NaN
+    if known and (high < at_least or low > at_most):
+        says = "does not hold here"
+    elif not known or low < at_least or high > at_most:
         says = "undecided"
     else:
         says = f"holds, and {'in' if at_least <= control <= at_most else 'not in'} the control"
@@ -44,20 +48,11 @@ class Contexts:
     def __iter__(self):
         for i in range(0, len(self.rows), self.batch_rows):
             batch = self.store.take_rows(self.rows[i : i + self.batch_rows])
-            n, shape = len(batch["row"]), (len(batch["row"]), self.store.n_ctx - self.first)
-            about = {
-                "row": batch["row"][:, None].expand(shape),
-                "position": batch["position"][self.first :].expand(shape),
-            }
-            keep = {
-                key: value[:, self.first :] for key, value in batch.items() if value.shape[:2] == (n, self.store.n_ctx)
-            }
-            yield {key: value.flatten(0, 1) for key, value in (keep | about).items()}
+            shape = len(batch["row"]), self.store.n_ctx
+            batch |= {"row": batch["row"][:, None].expand(shape), "position": batch["position"].expand(shape)}
+            yield {k: v[:, self.first :].flatten(0, 1) for k, v in batch.items() if v.shape[:2] == shape}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The error, split
-# ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class ErrorSplit:
     """What `split_error` finds; R² and FVU on the test stream."""
@@ -79,8 +74,9 @@ class ErrorSplit:
         values = {"fvu": 1 - self.scores["fvu"].r2(), "fvu_nonlinear": 1 - self.scores["fvu_nonlinear"].r2()}
         values["fvu_bound"] = values["fvu"] * (1 - values["fvu"])
         values["r2_per_coordinate"] = float(self.scores["r2"].per_coordinate().nanmean())
-        for name in self.scores.keys() - {"fvu", "fvu_nonlinear"}:
-            values |= {name: self.scores[name].r2(), f"{name}_interval": list(self.scores[name].interval())}
+        for name, score in self.scores.items():
+            if name.startswith("r2"):
+                values |= {name: score.r2(), f"{name}_interval": list(score.interval())}
         return values
 
 
@@ -103,8 +99,7 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     vector = moments.fit(rows_per_input)
 
     def five(x):
-        x_hat = sae(x).x_hat
-        linear = vector(x)
+        x_hat, linear = sae(x).x_hat, vector(x)
         return dict(zip(FIVE, (x, x_hat, x - x_hat, linear, x - x_hat - linear)))
 
     def squares(parts):
@@ -114,8 +109,7 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     for batch in slices(fit):
         norm_moments.add(batch["x"], squares(five(batch["x"])))
     norm = norm_moments.fit(rows_per_input)
-    scores = {name: Scores() for name in ("r2", "fvu", "fvu_nonlinear", *(f"r2_norm_{name}" for name in FIVE))}
-    norms = {"error": [], "nonlinear": []}
+    scores, norms = collections.defaultdict(Scores), collections.defaultdict(list)
     for batch in slices(test):
         x, row = batch["x"], batch["row"]
         if both := seen & set(row.unique().tolist()):
@@ -127,45 +121,48 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
         target = squares(parts)
         residual = target - norm(x.double())
         for i, name in enumerate(FIVE):
-            scores[f"r2_norm_{name}"].add(target[:, i : i + 1], residual[:, i : i + 1], row)
-        for name in norms:
+            scores[f"r2_norm_{name}"].add(target[:, [i]], residual[:, [i]], row)
+        for name in ("error", "nonlinear"):
             norms[name].append(parts[name].norm(dim=1).cpu())
     at = FIVE.index("error")
-    return ErrorSplit(vector, Linear(norm.W[:, at], norm.c[at]), scores, {k: torch.cat(v) for k, v in norms.items()})
+    norm = Linear(norm.W[:, at], norm.c[at])
+    return ErrorSplit(vector, norm, dict(scores), {name: torch.cat(found) for name, found in norms.items()})
 
 
 def norm_scaling(norm_i: Tensor, norm_j: Tensor, nonlinear_i: Tensor) -> dict[str, float]:
-    """How well ‖e_i‖ tells ‖e_j‖ of the same tokens [n]: r2 of least squares with bias; of what remains, the share that ‖nonlinear_i‖ removes."""
+    """How well ‖e_i‖ predicts ‖e_j‖ of the same tokens [n], by least squares with bias.
 
-    def residual(*inputs):
-        inputs = torch.stack([torch.ones_like(norm_j), *inputs], 1).double()
-        return norm_j.double() - inputs @ torch.linalg.lstsq(inputs, norm_j.double()[:, None]).solution.squeeze(1)
-
-    one, two = residual(norm_i).square().sum(), residual(norm_i, nonlinear_i).square().sum()
-    total = (norm_j - norm_j.mean()).double().square().sum()
-    return {"r2": float(1 - one / total), "removed": float(1 - two / one)}
+    r2: of ‖e_i‖ alone; removed: the share of what remains that ‖nonlinear_i‖ removes.
+    """
+    one, two = (
+        map_of_norms(inputs, norm_j, 1).draws(0)[0] for inputs in (norm_i, torch.stack([norm_i, nonlinear_i], 1))
+    )
+    return {"r2": float(1 - one), "removed": float(1 - two / one)}
 
 
 def map_of_norms(norm_i: Tensor, norm_j: Tensor, n_contexts: int) -> Scores:
-    """The least squares of `norm_scaling`, of ‖e_j‖ on ‖e_i‖, as scores by context, for the interval of its R²."""
-    stream = in_batches(torch.stack([norm_i, norm_j], 1), len(norm_i) // n_contexts)
-    return map_from(lambda b: b["x"][:, :1], lambda b: b["x"][:, 1:], stream, stream)
+    """Least squares of ‖e_j‖ [n] on ‖e_i‖ [n], or on several inputs [n, d_u], as scores by context for the interval of its R²."""
+    both = torch.cat([norm_i.view(len(norm_j), -1), norm_j[:, None]], 1).double()
+    stream = in_batches(both, len(both) // n_contexts)
+    return map_from(lambda b: b["x"][:, :-1], lambda b: b["x"][:, -1:], stream, stream, rows_per_input=1)
 
 
 def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-    """R² on test tokens of the mean over each group of fitting tokens; (values [n], group [n]) of both, a new group gets the mean of all."""
+    """R² on test tokens of the mean of their group over the fitting tokens; a new group gets the mean of all.
+
+    fit, test: (values [n], group [n]).
+    """
     (v, group), (v_test, group_test) = fit, test
-    n_groups = int(max(group.max(), group_test.max())) + 1
-    count = torch.bincount(group, minlength=n_groups)
-    mean = torch.bincount(group, v.double(), minlength=n_groups) / count.clamp_min(1)
-    mean = torch.where(count > 0, mean, v.double().mean())
-    v_test = v_test.double()
-    return float(1 - (v_test - mean[group_test]).square().sum() / (v_test - v_test.mean()).square().sum())
+    mean = pd.Series(v.double().numpy()).groupby(group.numpy()).mean()
+    predicted = mean.reindex(group_test.numpy()).fillna(float(v.double().mean()))
+    scores = Scores()
+    scores.add(v_test[:, None], (v_test - torch.tensor(predicted.to_numpy()))[:, None])
+    return scores.r2()
 
 
 @measuring
 def norm_baselines(sae, fit, test, power: int = 2) -> dict[str, float]:
-    """R² of ‖e‖^power on the test stream from what is cheaper than x: its length (‖x‖, ‖x‖²), the token, the position (means of groups)."""
+    """R² of ‖e‖^power on the test stream from less than x: its length (‖x‖, ‖x‖²), the token, the position (means of groups)."""
 
     def target(batch):
         return (batch["x"] - sae(batch["x"]).x_hat).norm(dim=1, keepdim=True) ** power
@@ -187,7 +184,7 @@ def norm_baselines(sae, fit, test, power: int = 2) -> dict[str, float]:
 
 @measuring
 def along_latents(sae, split: ErrorSplit, stream) -> dict[str, Tensor]:
-    """Of every latent that fires on the stream: its mean activation, and W_dec · a for the probes a of ‖e‖² and of ‖x‖²."""
+    """The mean activation of each latent that fires on the stream, and its W_dec · a for the probes a of ‖e‖² and of ‖x‖²."""
     moments, total = Moments(), 0
     for batch in stream:
         moments.add(batch["x"], batch["x"].square().sum(1, keepdim=True))
@@ -201,10 +198,9 @@ def along_latents(sae, split: ErrorSplit, stream) -> dict[str, Tensor]:
 def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int = 4) -> dict[str, float | list[float]]:
     """Cross-entropy with the activation at positions ≥ 1 replaced by x̂, x̂ + LinearError, x̂ + NonlinearError.
 
-    recovered = (CE_sae − CE_setting) / (CE_sae − CE_clean), beside share = 1 − Σ‖x − patch‖² / Σ‖e‖², which says how much of
-    the error's squared length the patch has put back; ratio = recovered / share as (value, low, high), batches of rows drawn again.
-    A control (ours), "fraction": x̂ + s e with the share of the nonlinear error. Mean over predictions at positions ≥ 1 of
-    `rows` [n, n_ctx].
+    recovered = (CE_sae − CE_setting) / (CE_sae − CE_clean); share = 1 − Σ‖x − patch‖² / Σ‖e‖², how much of the error's squared
+    length the patch puts back; ratio = recovered / share as (value, low, high), with batches of rows drawn again. "fraction" is a
+    control (ours): x̂ + s e with the share of the nonlinear error. Means are over predictions at positions ≥ 1 of `rows` [n, n_ctx].
     """
     settings = ("linear", "nonlinear", "fraction")
     nats, squares, n = [], [], 0
@@ -223,9 +219,7 @@ def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int
         n += tokens[:, 2:].numel()
     nats, squares = torch.tensor(nats, dtype=torch.double), torch.tensor(squares, dtype=torch.double)
     values = {f"ce_{name}": float(total) / n for name, total in zip(patches, nats.sum(0))}
-    drawn = torch.randint(len(nats), (1000, len(nats)), generator=torch.Generator().manual_seed(0))
-    drawn = torch.cat([torch.arange(len(nats))[None], drawn])
-    nats, squares = nats[drawn].sum(1), squares[drawn].sum(1)  # [1 + 1000, 5]
+    nats, squares = (resamples(len(nats)) @ sums for sums in (nats, squares))  # [1 + 1000, 5]
     for at, name in enumerate(settings, start=2):
         recovered = (nats[:, 1] - nats[:, at]) / (nats[:, 1] - nats[:, 0])
         share = 1 - squares[:, at] / squares[:, 1]

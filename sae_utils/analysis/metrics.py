@@ -4,6 +4,7 @@ All sums run over the tokens named beside them and over d_in. Position 0 is left
 outlier in most models. Cross-entropies are in nats per predicted token.
 """
 
+import collections
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..activations.hooks import check_tokens, later_layers, run_prefix, run_spli
 from ..saes.base import high_norm, measuring, typical
 from ..training.losses import as_batch
 from ..values import whole
+from .least_squares import Scores
 
 
 class ReconstructionSums:
@@ -30,50 +32,46 @@ class ReconstructionSums:
     """
 
     def __init__(self, d_in: int, d_sae: int, device, usual: tuple[Tensor, Tensor] | None = None):
-        self.n = 0
-        self.usual, self.ordinary = usual, (0.0,) * 4  # tokens, Σx, Σ‖x‖², Σ‖x − x̂‖² of those
-        self.sum_x, self.sum_x_hat = (torch.zeros(d_in, dtype=torch.double, device=device) for _ in range(2))
-        self.xx = self.hh = self.hx = self.ee = self.active = 0.0
+        self.usual = usual
+        self.sums = torch.zeros(2 if usual else 1, 5 + 2 * d_in, dtype=torch.double, device=device)
         self.fired = torch.zeros(d_sae, dtype=torch.double, device=device)
 
     def add(self, x: Tensor, x_hat: Tensor, latents: Tensor) -> None:
         """x, x_hat [n, d_in], latents [n, d_sae]."""
         x, x_hat = x.double(), x_hat.double()
-        self.n += len(x)
-        self.sum_x += x.sum(0)
-        self.sum_x_hat += x_hat.sum(0)
-        self.xx += x.square().sum()
-        self.hh += x_hat.square().sum()
-        self.hx += (x_hat * x).sum()
-        self.ee += (x - x_hat).square().sum()
-        self.fired += (latents > 0).sum(0)
+        products = x.square(), x_hat.square(), x_hat * x, (x - x_hat).square()
+        about = torch.cat([x.new_ones(len(x), 1), *(p.sum(1, keepdim=True) for p in products), x, x_hat], 1)
+        self.sums[0] += about.sum(0)
         if self.usual:
-            kept = (~high_norm(x, *self.usual)).double()
-            new = kept.sum(), kept @ x, kept @ x.square().sum(1), kept @ (x - x_hat).square().sum(1)
-            self.ordinary = [a + b for a, b in zip(self.ordinary, new)]
+            self.sums[1] += (~high_norm(x, *self.usual)).double() @ about
+        self.fired += (latents > 0).sum(0)
 
     def result(self) -> dict[str, float]:
-        mean, mean_hat = self.sum_x / self.n, self.sum_x_hat / self.n
-        centred_hh = self.hh - self.n * mean_hat @ mean_hat
-        centred_hx = self.hx - self.n * mean_hat @ mean
+        n, xx, hh, hx, ee = self.sums[:, :5].T  # of all tokens, then of ordinary ones
+        mean, mean_hat = (self.sums[:, 5:] / n[:, None]).chunk(2, dim=1)
+        fvu = ee / (xx - n * mean.square().sum(1))
+        gamma_centred = (hh - n * mean_hat.square().sum(1)) / (hx - n * (mean_hat * mean).sum(1))
         values = {
-            "l0": self.fired.sum() / self.n,
-            "fvu": self.ee / (self.xx - self.n * mean @ mean),
-            "gamma": self.hh / self.hx,
-            "gamma_centred": centred_hh / centred_hx,
-            "dead_fraction": (self.fired == 0).double().mean(),
+            "l0": self.fired.sum() / n[0],
+            "fvu": fvu[0],
+            "gamma": hh[0] / hx[0],
+            "gamma_centred": gamma_centred[0],
         }
+        values["dead_fraction"] = (self.fired == 0).double().mean()
         if self.usual:
-            n, total, xx, ee = self.ordinary
-            values["fvu_ordinary"] = ee / (xx - total @ total / n)
+            values["fvu_ordinary"] = fvu[1]
         return {key: float(value) for key, value in values.items()}
 
     def density(self) -> Tensor:
-        return self.fired / self.n
+        return self.fired / self.sums[0, 0]
 
 
 def kl_divergence(logits: Tensor, logits_new: Tensor) -> Tensor:
-    """KL(orig ‖ new) = Σ_v p_orig (log p_orig − log p_new) in nats, over the last axis."""
+    """KL(orig ‖ new) = Σ_v p_orig (log p_orig − log p_new) in nats, over the last axis.
+
+    >>> kl_divergence(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log())
+    tensor(0.1438)
+    """
     log_p, log_q = logits.float().log_softmax(-1), logits_new.float().log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -121,54 +119,52 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
     densities: a dict that receives density [d_sae] under each name ("" for a single SAE).
     """
     saes, chunks = prepared(sae, lm, rows, batch_rows, least=3)
-    device = lm.cfg.device
     x = run_prefix(lm, torch.cat(chunks[:16])[:16], [hook_name])[hook_name][:, 1:].flatten(0, 1)
-    usual = typical(x)
     for name, one in saes.items():
         if getattr(one, "d_in", x.shape[1]) != x.shape[1]:
             raise ValueError(
                 f"{hook_name} has {x.shape[1]} coordinates, and {name or 'the SAE'} d_in={one.d_in}: {one}"
             )
+    usual = typical(x)
     mean = sum(run_prefix(lm, c, [hook_name])[hook_name][:, 1:].double().sum((0, 1)) for c in chunks)
     mean = (mean / sum(c[:, 1:].numel() for c in chunks)).float()
     sums: dict[str, ReconstructionSums] = {}
-    nats = {key: 0.0 for key in ("clean", "zero", "mean", *(f"ce/{n}" for n in saes), *(f"kl/{n}" for n in saes))}
-    n_predictions = 0
+    nats = collections.defaultdict(float)
 
-    def loss_with(tokens, replacement):
-        """Summed loss of predictions at positions ≥ 1 with x replaced there, and the logits."""
-        spliced = torch.cat([clean[:, :1], replacement.to(clean.dtype).expand(len(clean), clean.shape[1] - 1, -1)], 1)
+    def logits_with(replacement, key):
+        """Logits with x replaced at positions ≥ 1; the loss of the predictions made there is added to nats[key]."""
+        spliced = torch.cat([clean[:, :1], replacement.to(clean).expand_as(clean[:, 1:])], 1)
         logits = run_spliced(lm, tokens, hook_name, spliced)
-        return token_loss(logits, tokens)[:, 1:].double().sum(), logits
+        nats[key] += token_loss(logits, tokens)[:, 1:].double().sum()
+        return logits
 
     for tokens in chunks:
         clean = run_prefix(lm, tokens, [hook_name])[hook_name]
-        logits = run_spliced(lm, tokens, hook_name, clean)
         x = clean[:, 1:].float()
-        n_predictions += tokens[:, 2:].numel()
-        nats["clean"] += token_loss(logits, tokens)[:, 1:].double().sum()
-        nats["zero"] += loss_with(tokens, torch.zeros_like(x))[0]
-        nats["mean"] += loss_with(tokens, mean)[0]
-        for name, sae in saes.items():
-            out = sae(x)
+        logits = logits_with(x, "ce_clean")
+        logits_with(torch.zeros_like(x), "ce_zero")
+        logits_with(mean, "ce_mean")
+        for name, one in saes.items():
+            out = one(x)
+            latents = out.latents.flatten(0, 1)
             if name not in sums:
-                sums[name] = ReconstructionSums(x.shape[-1], out.latents.shape[-1], device, usual)
-            sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), out.latents.flatten(0, 1))
-            loss, logits_new = loss_with(tokens, out.x_hat)
-            nats[f"ce/{name}"] += loss
-            nats[f"kl/{name}"] += kl_divergence(logits[:, 1:-1], logits_new[:, 1:-1]).double().sum()
-    ce = {key: float(value) / n_predictions for key, value in nats.items()}
+                sums[name] = ReconstructionSums(x.shape[-1], latents.shape[-1], x.device, usual)
+            sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), latents)
+            new = logits_with(out.x_hat, ("ce_sae", name))
+            nats["kl", name] += kl_divergence(logits[:, 1:-1], new[:, 1:-1]).double().sum()
+    n_predictions = sum(tokens[:, 2:].numel() for tokens in chunks)
+    nats = {key: float(value) / n_predictions for key, value in nats.items()}
     results = {}
     for name in saes:
-        result = sums[name].result() | {"ce_clean": ce["clean"], "ce_sae": ce[f"ce/{name}"]}
-        result["ce_increase"] = result["ce_sae"] - ce["clean"]
-        result |= {"ce_zero": ce["zero"], "ce_mean": ce["mean"], "kl": ce[f"kl/{name}"]}
+        ce_clean, ce_sae = nats["ce_clean"], nats["ce_sae", name]
+        ce = {"ce_clean": ce_clean, "ce_sae": ce_sae, "ce_increase": ce_sae - ce_clean}
+        results[name] = sums[name].result() | ce | {key: nats[key] for key in ("ce_zero", "ce_mean")}
+        results[name]["kl"] = nats["kl", name]
         for ablation in ("zero", "mean"):
-            result[f"ce_recovered_{ablation}"] = ce_recovered(result["ce_sae"], ce["clean"], ce[ablation])
-        results[name] = result
+            results[name][f"ce_recovered_{ablation}"] = ce_recovered(ce_sae, ce_clean, nats[f"ce_{ablation}"])
         if densities is not None:
             densities[name] = sums[name].density().float().cpu()
-    return results[""] if "" in saes else results
+    return results if isinstance(sae, dict) else results[""]
 
 
 @measuring
@@ -183,47 +179,39 @@ def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
     """
     saes, chunks = prepared(sae, lm, rows, batch_rows, least=2)
     hooks = [hook_name, *later_layers(lm, hook_name), f"blocks.{lm.cfg.n_layers - 1}.hook_resid_post"]
-    hooks = list(dict.fromkeys(hooks))
-    errors = {name: dict.fromkeys(hooks, 0.0) for name in saes}
-    norms = {name: torch.zeros(2, dtype=torch.double) for name in saes}  # of position 0, of the others
-    n, total, squares = 0, dict.fromkeys(hooks, 0.0), dict.fromkeys(hooks, 0.0)
+    scores = {name: {hook: Scores() for hook in hooks} for name in saes}
+    ratios = {name: [] for name in saes}
     for tokens in chunks:
         clean = run_prefix(lm, tokens, hooks)
         x = clean[hook_name].float()
-        n += tokens[:, 1:].numel()
-        for hook in hooks:
-            r = clean[hook][:, 1:].flatten(0, 1).double()
-            total[hook], squares[hook] = total[hook] + r.sum(0), squares[hook] + r.square().sum()
         for name, one in saes.items():
             x_hat, new = one(x).x_hat, {}
-            ratio = x_hat.norm(dim=-1) / x.norm(dim=-1)
-            norms[name] += torch.stack([ratio[:, 0].sum(), ratio[:, 1:].sum()]).double().cpu()
-            spliced = torch.cat([x[:, :1], x_hat[:, 1:]], 1)
-            keep = [(hook, lambda r, hook, at=hook: new.__setitem__(at, r.flatten(2))) for hook in hooks]
-            run_spliced(lm, tokens, hook_name, spliced, hooks=keep)
-            for hook in hooks:
-                errors[name][hook] += (clean[hook] - new[hook])[:, 1:].double().square().sum()
+            ratios[name].append(x_hat.norm(dim=-1) / x.norm(dim=-1))
+            keep = [(at, lambda r, hook, at=at: new.__setitem__(at, r.flatten(2))) for at in scores[name]]
+            run_spliced(lm, tokens, hook_name, torch.cat([x[:, :1], x_hat[:, 1:]], 1), hooks=keep)
+            for at, score in scores[name].items():
+                r, r_new = clean[at][:, 1:].flatten(0, 1), new[at][:, 1:].flatten(0, 1)
+                score.add(r, r - r_new)
     results = {}
     for name in saes:
-        fvu = {h: float(errors[name][h] / (squares[h] - total[h].square().sum() / n)) for h in hooks}
-        first, others = (norms[name] / torch.tensor([len(rows), n])).tolist()
-        results[name] = {"downstream_fvu": fvu, "norm_ratio": others, "norm_ratio_first": first}
-    return results[""] if "" in saes else results
+        ratio = torch.cat(ratios[name]).double()
+        results[name] = {"downstream_fvu": {at: 1 - score.r2() for at, score in scores[name].items()}}
+        results[name] |= {"norm_ratio": float(ratio[:, 1:].mean()), "norm_ratio_first": float(ratio[:, 0].mean())}
+    return results if isinstance(sae, dict) else results[""]
 
 
-@torch.no_grad()
 def alive_latents(sae, batches, window: int) -> Tensor:
     """Which latents are active on at least one of the first `window` tokens of `batches`, by the inference rule: bool [d_sae].
 
     batches: tensors [..., d_in] or batch dicts. Their number grows with the window: say which (arXiv 2405.12241: 500,000).
     Raises ValueError if the stream ends before.
     """
-    fired, left = None, whole("window", window)
+    left, fired = whole("window", window), torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
     for batch in batches:
         x = as_batch(batch)["x"]
         x = x.reshape(-1, x.shape[-1])[:left].to(sae.W_dec.device)
-        now = (sae.encode(x) > 0).any(0)
-        fired, left = now if fired is None else fired | now, left - len(x)
+        fired |= (sae.encode(x) > 0).any(0)
+        left -= len(x)
         if not left:
             return fired
     raise ValueError(f"window={window:,}: the stream ended {left:,} tokens before")

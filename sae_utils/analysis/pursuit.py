@@ -92,6 +92,5 @@ METHODS = {"gradient": gradient_step, "orthogonal": least_squares}
 def with_pursuit(sae, x: Tensor, method: str = "gradient") -> SAEOutput:
     """The SAE's decoder with latents found by `gradient_pursuit`, for every token as many as its encoder would use."""
     values, indices = gradient_pursuit(x, sae.W_dec, sae.b_dec, (sae.encode(x) > 0).sum(-1), method)
-    values, indices = values.flatten(0, -2), indices.flatten(0, -2)
-    latents = values.new_zeros(len(values), sae.d_sae).scatter_add_(1, indices, values)  # unused slots add 0
-    return SAEOutput(sae.decode(latents).view(x.shape), dense=latents)
+    latents = values.new_zeros(*x.shape[:-1], sae.d_sae).scatter_add_(-1, indices, values)  # unused slots add 0
+    return SAEOutput(sae.decode(latents), dense=latents.flatten(0, -2))

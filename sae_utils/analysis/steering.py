@@ -1,11 +1,13 @@
 """Steering: push an activation along a direction, or set a latent, and measure what the model then says.
 
-Everything is batched over n interventions × contexts, chunked to memory; in one forward pass only the layers after a residual
-hook run, in generation every step runs on the new tokens alone (Hugging Face's KV cache, through the hooks). Position 0, an
-outlier in most models, is left alone by default. The steering formula of arXiv 2411.10397 is not known; what is here is ours.
+Everything is batched over n interventions × contexts, in chunks that fit memory. In a forward pass only the layers after a
+residual hook run. In generation every step runs on the new tokens alone, by Hugging Face's KV cache. Position 0 is an outlier in
+most models and is left alone by default. The steering formula of arXiv 2411.10397 is not known; what is here is ours.
 """
 
 import contextlib
+import itertools
+import math
 import re
 
 import numpy as np
@@ -26,16 +28,13 @@ from ..values import real, whole
 from .metrics import kl_divergence
 
 AT_ONCE = 2**22  # floats that the largest tensor of a chunk of interventions holds: 16 MiB, what a CPU keeps near
-MEASURES = ("kl", "max_logit", "target_logprob", "specificity", "norm", "logprob_per_norm")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Interventions: n of them at once; called with x [n or 1, contexts, positions, d_in], they return [n, ...]
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Add:
-    """x + direction: `directions` [n, d_in], already at the length wanted (α · direction)."""
+    """x + direction: `directions` [n, d_in], already at the length wanted (α · direction).
+
+    An intervention acts n times at once: called with x [n or 1, contexts, positions, d_in], it returns [n, ...].
+    """
 
     def __init__(self, directions: Tensor):
         if not isinstance(directions, Tensor) or directions.ndim != 2 or not directions.isfinite().all():
@@ -49,17 +48,17 @@ class Add:
         return Add(self.directions[part])
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.directions.shape[1]:
-            raise ValueError(
-                f"directions are {self.directions.shape[1]} wide, and x at this hook is {x.shape[-1]} wide"
-            )
+        width = self.directions.shape[1]
+        if x.shape[-1] != width:
+            raise ValueError(f"directions are {width} wide, and x at this hook is {x.shape[-1]} wide")
         return x + self.directions[:, None, None].to(x)
 
 
 class SetLatent:
-    """Set latent i to a value v: x + (v − f_i(x)) W_dec[i], or x̂ + (v − f_i(x)) W_dec[i] without the SAE's error. v = 0 ablates.
+    """Set latent i to a value v: x + (v − f_i(x)) W_dec[i], or x̂ + (v − f_i(x)) W_dec[i] without the SAE's error.
 
-    latents [n] indices; values: a number or [n]. Raises ValueError for an index outside the dictionary or a dead latent.
+    latents: indices [n]; values: a number or [n], where 0 ablates. Raises ValueError for an index outside the dictionary or a
+    dead latent.
     """
 
     def __init__(self, sae, latents, values=0.0, keep_error: bool = True):
@@ -86,9 +85,8 @@ class SetLatent:
 
 def check_latents(sae, latents) -> Tensor:
     """Indices as a tensor [n]; ValueError for one outside the dictionary, or of a latent that was dead at the end of training."""
-    latents = indices("latents", latents, sae.d_sae, "this SAE").to(sae.W_dec.device)
-    dead = latents[sae.dead()[latents]]
-    if len(dead):
+    latents = indices("latents", latents, sae.d_sae, "this SAE").flatten().to(sae.W_dec.device)
+    if len(dead := latents[sae.dead()[latents]]):
         raise ValueError(
             f"latent {int(dead[0])} is dead: it did not fire in the last {sae.dead_after:,} training tokens"
         )
@@ -102,11 +100,21 @@ def check_positions(positions, n_ctx: int, name: str = "positions") -> Tensor:
     return mask
 
 
+def check_targets(targets, n: int, d_vocab: int) -> Tensor:
+    """Tokens [n, n_targets], a row for each intervention; ValueError for others."""
+    found = indices("targets", targets, d_vocab, "the vocabulary")
+    if found.ndim != 2 or len(found) != n:
+        raise ValueError(
+            f"targets have shape {list(found.shape)}: they have to be [{n}, n_targets], a row for each intervention"
+        )
+    return found
+
+
 def indices(name: str, values, n: int, where: str) -> Tensor:
-    """Whole numbers from 0 to n − 1, as a tensor of one axis; ValueError for others, and for none at all."""
+    """Whole numbers from 0 to n − 1, as a tensor of their shape; ValueError for others, and for none at all."""
     try:
-        found = torch.as_tensor(values if hasattr(values, "dtype") or np.isscalar(values) else list(values)).flatten()
-        integer = not (found.is_floating_point() or found.dtype == torch.bool) and len(found)
+        found = torch.as_tensor(values if hasattr(values, "dtype") or np.isscalar(values) else list(values))
+        integer = not (found.is_floating_point() or found.dtype == torch.bool) and found.numel()
     except (TypeError, ValueError, RuntimeError):
         integer = False
     if not integer:
@@ -116,86 +124,86 @@ def indices(name: str, values, n: int, where: str) -> Tensor:
     return found.long()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One forward pass
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def as_tokens(lm, rows) -> Tensor:
-    """Token ids as a tensor on the model's device; ValueError for what are none of this model."""
+def as_tokens(lm, rows, n: int | None = None) -> Tensor:
+    """Token ids [1 or n, contexts, n_ctx] on the model's device; ValueError for what are none of this model."""
     rows = rows if isinstance(rows, Tensor) else np.asarray(rows)
     if rows.ndim not in (2, 3):
         raise ValueError(
             f"rows are {described(rows)}: they have to be tokens [contexts, n_ctx] or [n, contexts, n_ctx]"
         )
     check_tokens(lm, rows.reshape(-1, rows.shape[-1]))
-    return torch.as_tensor(rows if isinstance(rows, Tensor) else rows.astype("int64")).long().to(lm.cfg.device)
+    rows = torch.as_tensor(rows if isinstance(rows, Tensor) else rows.astype("int64")).long().to(lm.cfg.device)
+    rows = rows if rows.ndim == 3 else rows[None]
+    if n and len(rows) not in (1, n):
+        raise ValueError(f"rows hold contexts for {len(rows)} interventions, but there are {n}")
+    return rows
+
+
+def parts_of(n: int, at_once: int, entries: int) -> list[slice]:
+    """n interventions in parts whose tensors hold `at_once` entries at most, where one intervention has so many `entries`."""
+    size = max(1, at_once // entries)
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 @torch.no_grad()
 def steer(lm, rows, hook_name: str, edit, positions=None, at=None, at_once: int = AT_ONCE):
-    """Run n interventions on contexts; yield, a chunk of interventions at a time, (part, logits, new logits, norm).
+    """Run n interventions on contexts, and yield them in chunks: (part, logits, steered logits, norm).
 
     rows: token ids [contexts, n_ctx], the same for all, or [n, contexts, n_ctx]. positions: where `edit` acts (default all but
-    0). at: positions whose predictions are wanted (default all but 0). part: slice of interventions; logits, clean
-    [part or 1, contexts, at, d_vocab], and steered [part, ...]; norm [part]: mean ‖x_new − x‖ over the positions edited.
+    0). at: positions whose predictions are wanted (default all but 0). part is a slice of interventions, with logits
+    [part or 1, contexts, at, d_vocab], steered logits [part, ...], and norm [part]: mean ‖x_new − x‖ over the positions edited.
     """
-    rows = as_tokens(lm, rows)
-    rows = rows[None] if rows.ndim == 2 else rows
-    if len(rows) not in (1, len(edit)):
-        raise ValueError(f"rows hold contexts for {len(rows)} interventions, but there are {len(edit)}")
+    rows = as_tokens(lm, rows, len(edit))
     n_contexts, n_ctx = rows.shape[1:]
     mask = check_positions(positions, n_ctx).to(rows.device)
     at = check_positions(at, n_ctx, "at").to(rows.device)
+
+    def logits_with(tokens, x):
+        only = ("unembed.hook_in", lambda h, hook: h[:, at])  # other positions are not unembedded
+        logits = run_spliced(lm, tokens.flatten(0, 1), hook_name, x.flatten(0, 1), hooks=[only])
+        return logits.float().unflatten(0, x.shape[:2])
+
+    def clean(tokens):
+        x = run_prefix(lm, tokens.flatten(0, 1), [hook_name])[hook_name].unflatten(0, tokens.shape[:2])
+        return tokens, x, logits_with(tokens, x)
+
     entries = n_contexts * max(int(at.sum()) * lm.cfg.d_vocab, n_ctx * lm.cfg.d_model * 8)
-    shared = None
-    for start in range(0, len(edit), max(1, at_once // entries)):
-        part = slice(start, start + max(1, at_once // entries))
-        some = edit[part]
-        tokens = rows if len(rows) == 1 else rows[part]
-        if shared is None or len(rows) > 1:
-            x = run_prefix(lm, tokens.flatten(0, 1), [hook_name])[hook_name]
-            logits = logits_at(lm, tokens.flatten(0, 1), hook_name, x, at).unflatten(0, tokens.shape[:2])
-            shared = x.unflatten(0, tokens.shape[:2]), logits
-        x, logits = shared
+    shared = clean(rows) if len(rows) == 1 else None
+    for part in parts_of(len(edit), at_once, entries):
+        some, (tokens, x, logits) = edit[part], shared or clean(rows[part])
         new = torch.where(mask[:, None], some(x), x)
         norm = (new - x)[:, :, mask].norm(dim=-1).mean((1, 2))
-        spread = tokens.expand(len(some), -1, -1).flatten(0, 1)
-        steered = logits_at(lm, spread, hook_name, new.flatten(0, 1), at)
-        yield part, logits, steered.unflatten(0, (len(some), n_contexts)), norm
-
-
-def logits_at(lm, tokens: Tensor, hook_name: str, x: Tensor, at: Tensor) -> Tensor:
-    """Logits [batch, at, d_vocab] at some positions, with x at the hook: only those are unembedded."""
-    return run_spliced(lm, tokens, hook_name, x, hooks=[("unembed.hook_in", lambda h, hook: h[:, at])]).float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures
-# ---------------------------------------------------------------------------------------------------------------------
+        yield part, logits, logits_with(tokens.expand(len(some), -1, -1), new), norm
 
 
 @torch.no_grad()
 def direct_logits(lm, directions: Tensor) -> Tensor:
-    """What directions [n, d_model] write straight into the logits, [n, d_vocab]: through the last norm and the unembedding only.
+    """What directions [n, d_model] write straight into the logits, [n, d_vocab]: LN(d) W_U − LN(0) W_U.
 
-    LN(d) W_U − LN(0) W_U: the biases drop out, and the scale is that of a residual stream which is d alone.
+    Only the last norm and the unembedding take part. Biases drop out; the scale is that of a residual stream which is d alone.
     """
     norm = getattr(lm, "ln_final", torch.nn.Identity())  # GPT-1 has none
     direct = lm.unembed(norm(directions[None])) - lm.unembed(norm(torch.zeros_like(directions[None, :1])))
     return direct[0].float()
 
 
+def of_targets(values: Tensor, targets: Tensor) -> Tensor:
+    """Entries of values [..., d_vocab] at the targets: [n_targets], or a row of them for each entry of the first axis."""
+    index = targets.view(-1, *[1] * (values.ndim - 2), targets.shape[-1])
+    return values.gather(-1, index.expand(*values.shape[:-1], -1))
+
+
 def target_logprob(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
-    """log Σ_{t ∈ targets} p_new(t) − log Σ_{t ∈ targets} p(t) in nats; logits [..., d_vocab], targets [n_targets], or one row of
-    them for each entry of the first axis of `new`."""
+    """log Σ_{t ∈ targets} p_new(t) − log Σ_{t ∈ targets} p(t) in nats, [...].
 
-    def log_share(logits):
-        index = targets.view(-1, *[1] * (new.ndim - 2), targets.shape[-1]).expand(*new.shape[:-1], -1)
-        log_p = logits.log_softmax(-1).expand(*new.shape[:-1], -1)
-        return log_p.gather(-1, index).logsumexp(-1)
+    logits, new [..., d_vocab]; targets [n_targets], or one row of them for each entry of the first axis of `new`.
 
-    return log_share(new) - log_share(logits)
+    >>> p, p_new = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
+    >>> target_logprob(p.log(), p_new.log(), torch.tensor([1]))  # log 2
+    tensor([0.6931])
+    """
+    before, after = logits.log_softmax(-1).expand_as(new), new.log_softmax(-1)
+    return of_targets(after, targets).logsumexp(-1) - of_targets(before, targets).logsumexp(-1)
 
 
 def specificity(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
@@ -204,12 +212,11 @@ def specificity(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
     0: the targets rise no more than the vocabulary does; 3: three standard deviations more. No unit, so strengths compare.
     """
     delta = new - logits
-    index = targets.view(-1, *[1] * (new.ndim - 2), targets.shape[-1]).expand(*new.shape[:-1], -1)
-    own = delta.gather(-1, index)
+    own = of_targets(delta, targets)
     n_others = delta.shape[-1] - targets.shape[-1]
     mean = (delta.sum(-1) - own.sum(-1)) / n_others
-    centred = delta - mean[..., None]
-    variance = (centred.square().sum(-1) - (own - mean[..., None]).square().sum(-1)) / n_others
+    squares, own_squares = (((d - mean[..., None]).square()).sum(-1) for d in (delta, own))
+    variance = (squares - own_squares) / n_others
     return (own.mean(-1) - mean) / variance.clamp_min(1e-12).sqrt()
 
 
@@ -218,36 +225,25 @@ def effects(
 ) -> dict[str, Tensor]:
     """What n interventions do to the predictions: means over the positions `at` and the contexts, each [n] on the CPU.
 
-    With `each_context` the mean is over positions alone, [n, contexts] (norm [n, 1]). also {name: targets}: further sets of
-    tokens, of which `target_logprob` is measured under that name.
-    targets [n, n_targets]: tokens of each intervention. rows, positions, at: as in `steer`. kl: KL(unsteered ‖ steered) in nats.
-    max_logit: max over the vocabulary of |Δ logit|. target_logprob, specificity: the functions of these names. norm: mean
-    ‖x_new − x‖ where edited. logprob_per_norm: target_logprob / norm, nats per unit of x (0 where nothing was changed).
+    targets [n, n_targets]: tokens of each intervention. rows, positions, at: as in `steer`. also {name: targets}: further sets of
+    tokens, of which `target_logprob` is measured under that name. each_context: means over positions alone, [n, contexts].
+
+    kl: KL(unsteered ‖ steered) in nats. max_logit: max over the vocabulary of |Δ logit|. target_logprob, specificity: the functions
+    of these names. norm: mean ‖x_new − x‖ where edited, [n] or [n, 1]. logprob_per_norm: target_logprob / norm, nats per unit of x
+    (0 where nothing was changed).
     """
-    parts, targets = [], check_targets(targets, len(edit), lm.cfg.d_vocab)
-    also = {name: check_targets(more, len(edit), lm.cfg.d_vocab) for name, more in (also or {}).items()}
+    sets = {"target_logprob": targets} | (also or {})
+    sets = {name: check_targets(more, len(edit), lm.cfg.d_vocab).to(lm.cfg.device) for name, more in sets.items()}
+    parts = []
     for part, logits, new, norm in steer(lm, rows, hook_name, edit, positions, at, at_once):
-        own = targets[part].to(new.device)
-        measured = [kl_divergence(logits, new), (new - logits).abs().amax(-1)]
-        measured += [target_logprob(logits, new, own), specificity(logits, new, own)]
-        means = [m.mean(2) if each_context else m.mean((1, 2)) for m in measured]
-        norm = norm[:, None] if each_context else norm
-        means += [norm, torch.where(norm > 0, means[2] / norm.clamp_min(1e-12), 0)]
-        for more in also.values():
-            change = target_logprob(logits, new, more[part].to(new.device))
-            means.append(change.mean(2) if each_context else change.mean((1, 2)))
-        parts.append([m.cpu() for m in means])
-    return {name: torch.cat(found) for name, found in zip([*MEASURES, *also], zip(*parts))}
-
-
-def check_targets(targets, n: int, d_vocab: int) -> Tensor:
-    """Tokens [n, n_targets], a row for each intervention; ValueError for others."""
-    flat, shape = indices("targets", targets, d_vocab, "the vocabulary"), torch.as_tensor(targets).shape
-    if len(shape) != 2 or shape[0] != n:
-        raise ValueError(
-            f"targets have shape {list(shape)}: they have to be [{n}, n_targets], a row for each intervention"
-        )
-    return flat.view(shape)
+        found = {"kl": kl_divergence(logits, new), "max_logit": (new - logits).abs().amax(-1)}
+        found |= {name: target_logprob(logits, new, tokens[part]) for name, tokens in sets.items()}
+        found["specificity"] = specificity(logits, new, sets["target_logprob"][part])
+        found = {name: value.mean(2 if each_context else (1, 2)) for name, value in found.items()}
+        found["norm"] = norm = norm[:, None] if each_context else norm
+        found["logprob_per_norm"] = torch.where(norm > 0, found["target_logprob"] / norm.clamp_min(1e-12), 0)
+        parts.append({name: value.cpu() for name, value in found.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def latent_effects(
@@ -256,20 +252,14 @@ def latent_effects(
     """Add each direction, scaled to `norm`, at positions ≥ 1 of every row, and measure the predictions made there.
 
     rows [contexts, n_ctx] tokens; directions [n, d_in], of any length but 0; tokens [n]: each direction's own token, by default
-    the first of its `direct_logits`. Means over contexts and positions ≥ 1, each [n]:
-
-    kl: KL(unsteered ‖ steered) in nats. max_logit: max over the vocabulary of |Δ logit|. own_logprob: change of log p of the
-    direction's own token, in nats. And tokens [n].
+    the first of its `direct_logits`. Returns kl and max_logit as in `effects`, own_logprob, the change of log p of the own token
+    in nats, and tokens; each [n].
     """
     pushes = scaled(directions, norm).to(lm.cfg.device)
     tokens = direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens
     found = effects(lm, rows, hook_name, Add(pushes), tokens[:, None], at_once=at_once)
-    return {
-        "kl": found["kl"],
-        "max_logit": found["max_logit"],
-        "own_logprob": found["target_logprob"],
-        "tokens": tokens,
-    }
+    found["own_logprob"] = found["target_logprob"]
+    return {name: found[name] for name in ("kl", "max_logit", "own_logprob")} | {"tokens": tokens}
 
 
 def scaled(directions: Tensor, norm: float) -> Tensor:
@@ -281,37 +271,31 @@ def scaled(directions: Tensor, norm: float) -> Tensor:
     return norm * directions.detach() / lengths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def generate(
     lm, rows, n_new: int, hook_name: str, edit, positions=None, *, temperature=1.0, seed=0, cached=True, at_once=AT_ONCE
 ) -> Tensor:
-    """Continue contexts under n interventions, [n, contexts, n_prompt + n_new]; rows [contexts, n_prompt] or [n, contexts, n_prompt].
+    """Continue contexts under n interventions, [n, contexts, n_prompt + n_new].
 
-    positions: where `edit` acts (default all but 0, generated ones too). Token t+1 = argmax(logits / temperature + Gumbel
-    noise), a sample; all interventions share the noise, so that they differ by what they do and not by luck. temperature 0:
-    greedy. `cached=False` runs the whole text at every step: the same, slowly; so does a model whose cache is not exact.
-    Raises ValueError if the text would be longer than the model's context.
+    rows: tokens [contexts, n_prompt] or [n, contexts, n_prompt]. positions: where `edit` acts (default all but 0, generated ones
+    too). The next token is argmax(logits / temperature + Gumbel noise), a sample. All interventions share the noise, so that they
+    differ by what they do and not by luck. temperature 0 is greedy. `cached=False` runs the whole text at every step, which gives
+    the same slowly; a model whose cache is not exact always does. Raises ValueError if the text outgrows the model's context.
     """
     from transformers import DynamicCache
 
     check_hook(lm, hook_name)
-    rows, n_new = as_tokens(lm, rows), whole("n_new", n_new)
+    rows, n_new = as_tokens(lm, rows, len(edit)), whole("n_new", n_new)
     temperature, seed = real("temperature", temperature, least=0), whole("seed", seed, least=0)
     cached = cached and cache_is_exact(lm)
-    rows = rows.expand(len(edit), -1, -1)
     n_contexts, n_prompt = rows.shape[1:]
     if n_prompt + n_new > lm.cfg.n_ctx:
         raise ValueError(f"{n_prompt} + n_new={n_new} tokens are more than the model's context of {lm.cfg.n_ctx}")
     mask = check_positions(positions, n_prompt + n_new).to(rows.device)
-    chunk = max(1, at_once // (n_contexts * max(lm.cfg.d_vocab, n_prompt * lm.cfg.d_model * 8)))
+    entries = n_contexts * max(lm.cfg.d_vocab, n_prompt * lm.cfg.d_model * 8)
     done = []
-    for start in range(0, len(edit), chunk):
-        some, text = edit[start : start + chunk], rows[start : start + chunk].flatten(0, 1)
+    for part in parts_of(len(edit), at_once, entries):
+        some, text = edit[part], rows.expand(len(edit), -1, -1)[part].flatten(0, 1)
         noise = torch.Generator().manual_seed(seed)
         cache = DynamicCache() if cached else None
         for step in range(n_new):
@@ -366,12 +350,8 @@ def generation_nats(lm, generated: Tensor, n_prompt: int, batch_rows: int = 64) 
 
 def closes_bracket(text: str) -> bool:
     """Whether a closing bracket comes that the text did not open itself."""
-    depth = 0
-    for c in text:
-        depth += (c in "([{") - (c in ")]}")
-        if depth < 0:
-            return True
-    return False
+    depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in text)
+    return min(depths, default=0) < 0
 
 
 CONCEPTS = {  # what a continuation of Python source can be checked for; a token that stands for it; the check
@@ -388,10 +368,13 @@ def success_rate(lm, generated: Tensor, n_prompt: int, check) -> np.ndarray:
 
 
 def breaks_at(strengths, nats, factor: float = 2.0) -> float:
-    """The strength at which fluency breaks: where the perplexity of what is generated is first `factor` (ours) times that
-    without steering, linearly interpolated in nats; the largest strength if it never is.
+    """The strength at which fluency breaks, linearly interpolated in nats; the largest strength if it never does.
 
-    strengths rising from 0; nats [n_strengths], mean cross-entropy of generations. ValueError if the first strength is not 0.
+    There the perplexity of what is generated is first `factor` (ours) times that without steering. strengths rise from 0; nats
+    [n_strengths]: mean cross-entropy of generations. ValueError if the first strength is not 0.
+
+    >>> breaks_at([0, 1, 2], nats=[1.0, 1.0, 3.0], factor=math.e)
+    1.5
     """
     if len(strengths) != len(nats) or not (np.diff(strengths) > 0).all():
         raise ValueError(
@@ -399,7 +382,7 @@ def breaks_at(strengths, nats, factor: float = 2.0) -> float:
         )
     if strengths[0] != 0:
         raise ValueError(f"strengths begin at {strengths[0]:g}: the first has to be 0, the unsteered model")
-    excess = np.asarray(nats, dtype=float) - nats[0] - np.log(factor)
+    excess = np.asarray(nats, dtype=float) - nats[0] - math.log(factor)
     broken = np.flatnonzero(excess > 0)
     if not len(broken):
         return float(strengths[-1])
@@ -408,6 +391,6 @@ def breaks_at(strengths, nats, factor: float = 2.0) -> float:
 
 
 def useful_range(strengths, effect, nats, factor: float = 2.0) -> float:
-    """The effect that can be had before fluency breaks: the largest `effect` [n_strengths] up to `breaks_at`, interpolated there."""
+    """The largest `effect` [n_strengths] to be had before fluency breaks: up to `breaks_at`, and interpolated there."""
     effect, end = np.asarray(effect, dtype=float), breaks_at(strengths, nats, factor)
     return float(max(np.interp(end, strengths, effect), effect[np.asarray(strengths) <= end].max()))

@@ -1,11 +1,13 @@
 """Synthetic data in which every part of an SAE's error is known, so that the probes of `sae_utils.dark_matter` can be scored (ours)."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..values import one_of
 from .dark_matter import map_from
 from .least_squares import Moments
 
@@ -14,7 +16,8 @@ KINDS = ("white", "anisotropic", "grows", "of x")  # of introduced error
 
 @dataclass
 class World:
-    """x = Σ_i w_i y_i + dense + noise: sparse features y_i of unit norm with Zipf's frequencies, a dense Gaussian part of low rank, white noise.
+    """x = Σ_i w_i y_i + dense + noise: sparse features y_i of unit norm with Zipf's frequencies, a dense Gaussian part of low rank,
+    and white noise.
 
     The imagined SAE knows the n_known most frequent features exactly, returns `shrink` of their weights, and adds an error of its own.
     """
@@ -38,20 +41,17 @@ class World:
         def normal(*shape):
             return torch.randn(*shape, generator=generator)
 
-        if self.introduced_kind not in KINDS:
-            raise ValueError(f"introduced_kind={self.introduced_kind!r}: {', '.join(KINDS)} are there")
+        one_of("introduced_kind", self.introduced_kind, KINDS)
         directions = normalize(normal(self.n_features, self.d_in), dim=1)
         frequency = 1 / torch.arange(1, self.n_features + 1)
         frequency = (self.l0 * frequency / frequency.sum()).clamp_max(0.5)
-        weights = (torch.rand(n, self.n_features, generator=generator) < frequency) * (
-            0.5 + torch.rand(n, self.n_features, generator=generator)
-        )
-        known, absent = weights.clone(), weights.clone()
-        known[:, self.n_known :], absent[:, : self.n_known] = 0, 0
+        fires = torch.rand(n, self.n_features, generator=generator) < frequency
+        weights = fires * (0.5 + torch.rand(n, self.n_features, generator=generator))
         basis = normalize(normal(self.rank, self.d_in), dim=1) * (self.d_in / self.rank) ** 0.5
-        parts = {"absent": absent @ directions, "dense": self.dense * normal(n, self.rank) @ basis}
+        known, absent = weights.tensor_split([self.n_known], 1)
+        seen = known @ directions[: self.n_known]
+        parts = {"absent": absent @ directions[self.n_known :], "dense": self.dense * normal(n, self.rank) @ basis}
         parts["noise"] = self.noise * normal(n, self.d_in)
-        seen = known @ directions
         x = seen + sum(parts.values())
         parts["shrinkage"] = (1 - self.shrink) * seen
         own = self.introduced * normal(n, self.d_in)
@@ -67,10 +67,10 @@ class World:
 
 
 def attribution(x: Tensor, parts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Where each part of e = Σ parts goes: share of tr Cov(e), and the shares of it in the linear and the nonlinear error.
+    """Where each part of e = Σ parts goes: its share of tr Cov(e), and how much of that is in the linear and the nonlinear error.
 
     With p a part, tr Cov(N, p) summed over parts is tr Cov(N): an exact account of the nonlinear error, and so for the linear one.
-    "kept" = tr Cov(L, p) / tr Cov(e, p), the share of a part that the linear error takes. Fitted and scored on halves of x [n, d_in].
+    kept = tr Cov(L, p) / tr Cov(e, p) is what the linear error takes of the part. Fitted and scored on halves of x [n, d_in].
     """
     half, error = len(x) // 2, sum(parts.values())
     moments = Moments()
@@ -84,20 +84,17 @@ def attribution(x: Tensor, parts: dict[str, Tensor]) -> dict[str, dict[str, floa
     total = trace(error[half:], error[half:])
     account = {}
     for name, part in parts.items():
-        part = part[half:]
-        whole = trace(error[half:], part)
-        account[name] = {"share": whole / total, "linear": trace(linear, part) / total}
-        account[name] |= {
-            "nonlinear": trace(nonlinear, part) / total,
-            "kept": trace(linear, part) / whole if whole else 0.0,
-        }
+        own = trace(error[half:], part[half:])
+        in_linear, in_nonlinear = trace(linear, part[half:]), trace(nonlinear, part[half:])
+        account[name] = {"share": own / total, "linear": in_linear / total, "nonlinear": in_nonlinear / total}
+        account[name]["kept"] = in_linear / own if own else 0.0
     return account
 
 
 def attribution_error(account: dict[str, dict[str, float]]) -> float:
-    """Σ over parts of the share of tr Cov(e) on the side where the paper does not read it.
+    """Σ over parts of the share of tr Cov(e) that lies where the paper does not read it.
 
-    The paper reads NonlinearError as what the SAE introduced and LinearError as all else.
+    The paper reads NonlinearError as what the SAE introduced, and LinearError as all else.
     """
     return sum(abs(part["linear" if name == "introduced" else "nonlinear"]) for name, part in account.items())
 
@@ -110,17 +107,15 @@ def norm_r2(x: Tensor, part: Tensor) -> float:
 
 
 def noise_grid(levels, n_known=(256, 192, 128), n: int = 8000, seed: int = 0) -> dict[str, Tensor]:
-    """Shares of the error of `World`s: `introduced` as it is, `nonlinear` as probed, for every input noise and introduced error.
+    """Shares of the error of `World`s, for every input noise and introduced error: `introduced` itself, and `nonlinear` as probed.
 
-    levels: standard deviations, for both; n_known: how many of 256 features, the most frequent, the SAE has. [n_worlds] each.
+    levels: standard deviations of both. n_known: how many of the 256 features, the most frequent, the SAE has. Each [n_worlds].
     """
-    found = {"n_known": [], "noise": [], "introduced": [], "nonlinear": []}
-    for known in n_known:
-        for noise in levels:
-            for introduced in levels:
-                world = World(n_known=known, noise=float(noise), introduced=float(introduced), seed=seed)
-                account = attribution(*world.draw(n))
-                nonlinear = sum(part["nonlinear"] for part in account.values())
-                for key, value in zip(found, (known, noise, account["introduced"]["share"], nonlinear)):
-                    found[key].append(float(value))
-    return {key: torch.tensor(value) for key, value in found.items()}
+    found = []
+    for known, noise, introduced in itertools.product(n_known, levels, levels):
+        account = attribution(
+            *World(n_known=known, noise=float(noise), introduced=float(introduced), seed=seed).draw(n)
+        )
+        nonlinear = sum(part["nonlinear"] for part in account.values())
+        found.append([float(known), float(noise), account["introduced"]["share"], nonlinear])
+    return dict(zip(("n_known", "noise", "introduced", "nonlinear"), torch.tensor(found).T))
