@@ -212,21 +212,21 @@ def require(name: str, /, needs_saes: bool = True, **params) -> Run:
     params = resolve(name, asked)
     found = usable(name, params, False, needs_saes)
     if found is None:
-        in_force = resolve(name, {})
-        command = ["run", name]
-        for key, value in params.items():
-            if value != in_force[key]:
-                command += ["-p", key, value if isinstance(value, str) else json.dumps(value)]
         print(f"{label(name, params)} {NOT_THERE}", flush=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "sae_utils.sweep", *command],
-            env=os.environ | {PARENT: str(os.getpid())},
-            capture_output=True,
-            text=True,
-        )
+        done = run_apart(name, params)
         found = runs.find_run(name, params)
         if done.returncode or not found:
             raise RunFailed(f"required by {caller.name if caller else 'you'}: {done.stderr.strip()}")
     if caller:
         caller.record(found, asked)
     return found
+
+
+def run_apart(name: str, params: dict, **environment: str) -> subprocess.CompletedProcess:
+    """Execute a run in a process of its own, which ends when this one does."""
+    in_force, command = resolve(name, {}), [sys.executable, "-m", "sae_utils.sweep", "run", name]
+    for key, value in params.items():
+        if value != in_force[key]:
+            command += ["-p", key, value if isinstance(value, str) else json.dumps(value)]
+    environment = os.environ | {PARENT: str(os.getpid())} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True)

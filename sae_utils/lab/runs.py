@@ -151,7 +151,8 @@ class Run:
         loaded = {f"{module}{end}" for module in modules for end in (".py", "/__init__.py")}
         sources = {name: value for name, value in self.manifest["sources"].items() if name in loaded}
         seconds = round(time.monotonic() - self.started, 2)
-        self.manifest |= {"finished": True, "sources": sources, "own_modules": own_modules(), "wall_seconds": seconds}
+        self.manifest |= {"finished": True, "sources": sources, "own_modules": own_modules()}
+        self.manifest |= {"wall_seconds": seconds, "peak_memory": peak_memory()}
         write_json(self.dir / "manifest.json", self.manifest)
         shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
         self.lock.release()
@@ -369,6 +370,18 @@ def environment() -> dict:
         "threads": torch.get_num_threads() if torch else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
     }
+
+
+def peak_memory() -> int | None:
+    """Bytes of this process's largest resident set; None where the system does not count them (Windows)."""
+    with contextlib.suppress(OSError):  # Linux: `getrusage` counts what the process that started this one held, too
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(found[1])
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def plain(value, name="metrics"):

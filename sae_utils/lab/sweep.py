@@ -2,7 +2,8 @@
 
     python -m sae_utils.sweep run NOTEBOOK [-p name value]...
     python -m sae_utils.sweep runs [NOTEBOOK] [--output-dir DIR]
-    python -m sae_utils.sweep SWEEP.toml [--engine local|ray] [--list] [--dry-run] [--shard i/n] [--keep-stale]
+    python -m sae_utils.sweep clean [--caches] [--stale] [--unfinished] [--output-dir DIR]
+    python -m sae_utils.sweep SWEEP.toml [--engine local|ray] [--list] [--dry-run] [--probe] [--shard i/n] [--keep-stale]
 
 A sweep is a TOML file: a `[shared]` table, applied to every notebook that declares the name, then one table per notebook
 (`[01_train_topk]`) in the order of execution; an empty table is one run with the defaults. A list where the notebook
@@ -21,6 +22,7 @@ import time
 from pathlib import Path
 
 from . import runs
+from .clean import REMOVABLE, clean
 from .execute import KEEP_STALE, PARENT, RunFailed, run
 from .parameters import (
     TIER,
@@ -33,6 +35,7 @@ from .parameters import (
     notebooks_dir,
     read_sweep,
 )
+from .probe import LEFT_OUT, probe
 from .runs import DAMAGED, Run, in_words
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,17 +204,6 @@ def print_table(rows) -> None:
         print("  ".join(item.ljust(width) for item, width in zip(row, widths)).rstrip())
 
 
-def print_estimates(plan, tflops: float, gbs: float) -> None:
-    """What the planned runs will take, as far as their models are known."""
-    from . import estimate
-
-    rows, basis = estimate.table(plan, tflops, gbs)
-    if rows:
-        print()
-        print_table([("run", "hours", "memory GiB", "for", "GPU alone GiB", "disk GiB"), *rows])
-        print(basis)
-
-
 def shard(text: str) -> tuple[int, int]:
     """`"i/n"`, 1 ≤ i ≤ n."""
     i, _, n = text.partition("/")
@@ -258,7 +250,11 @@ def command(argv) -> int:
     one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="params")
     past = argparse.ArgumentParser(prog="python -m sae_utils.sweep runs", description="List finished runs.")
     past.add_argument("notebook", nargs="?", default="", help="only those of this one")
-    past.add_argument("--output-dir", default="", metavar="DIR", help="where the runs are, if not in outputs/")
+    rid = argparse.ArgumentParser(
+        prog="python -m sae_utils.sweep clean", description="Show what caches and runs take; remove what is named."
+    )
+    for kind in REMOVABLE:
+        rid.add_argument(f"--{kind}", action="append_const", const=kind, dest="remove", default=[])
     many = argparse.ArgumentParser(
         prog="python -m sae_utils.sweep",
         description="Execute the runs of a sweep file. One run: `run NOTEBOOK`. What is finished: `runs [NOTEBOOK]`.",
@@ -267,14 +263,13 @@ def command(argv) -> int:
     many.add_argument("--engine", choices=["local", "ray"], default="local")
     many.add_argument("--gpus", type=float, default=1.0, help="share of a GPU for each run (engine ray)")
     many.add_argument("--list", action="store_true", help="show the planned runs and their state")
-    many.add_argument(
-        "--dry-run", action="store_true", help="check all parameters; show what would be executed and what it takes"
-    )
-    many.add_argument("--tflops", type=float, default=0, help="for --dry-run: float32 products of the machine in mind")
-    many.add_argument("--gbs", type=float, default=0, help="for --dry-run: its memory bandwidth, GB/s")
+    many.add_argument("--dry-run", action="store_true", help="check all parameters; list what would be executed")
+    many.add_argument("--probe", action="store_true", help="a few steps of each run: hours, memory, disk of all of it")
     many.add_argument(
         "--shard", type=shard, default=(1, 1), metavar="i/n", help="only every n-th planned run, from the i-th"
     )
+    for parser in (past, rid):
+        parser.add_argument("--output-dir", default="", metavar="DIR", help="where the runs are, if not in outputs/")
     for parser in (one, many):
         parser.add_argument("--keep-stale", action="store_true", help="use runs made by other sae_utils sources")
     if argv[:1] == ["runs"]:
@@ -283,6 +278,10 @@ def command(argv) -> int:
         rows = listed(name and notebook_path(name).stem, args.output_dir)
         titles = [("run", "metrics", "minutes", "made on", "state", "directory")] if rows else []
         print_table(titles + rows or [(f"no finished run in {runs.output_dir(args.output_dir)}",)])
+        return 0
+    if argv[:1] == ["clean"]:
+        args = rid.parse_args(argv[1:])
+        print_table(clean(args.remove, args.output_dir))
         return 0
     args = one.parse_args(argv[1:]) if argv[:1] == ["run"] else many.parse_args(argv)
     if args.keep_stale:
@@ -298,12 +297,16 @@ def command(argv) -> int:
     plan = planned(args.sweep)[i - 1 :: n]
     os.environ[TIER] = str(Path(args.sweep).resolve())
     states = [state(name, params) for name, params in plan]  # reads all inputs, so that mistakes show at once
-    if args.list or args.dry_run:
-        ready = ["finished"] + [s for s in states if args.keep_stale and s.startswith("stale")]
-        shown = [(s, run) for s, run in zip(states, plan) if args.list or s not in ready]
+    ready = ["finished"] + [s for s in states if args.keep_stale and s.startswith("stale")]
+    shown = [(s, run) for s, run in zip(states, plan) if args.list or s not in ready]
+    if args.probe and shown:
+        rows, failures = probe([run for _, run in shown])
+        print_table([("run", "probed at", "hours", "memory GiB", "disk GiB"), *rows])
+        print(LEFT_OUT)
+        print(*failures, sep="\n", end="", file=sys.stderr)
+        return 1 if failures else 0
+    if args.list or args.dry_run or args.probe:
         print_table([(s, label(*run)) for s, run in shown] or [("nothing to do",)])
-        if args.dry_run:
-            print_estimates([run for _, run in shown], args.tflops, args.gbs)
         return 0
     return 1 if sweep(plan, args.keep_stale, args.engine, args.gpus) else 0
 
