@@ -340,7 +340,7 @@ def test_collected_runs_count_as_finished_and_make_the_table(reference, tmp_path
     assert row["claim"] in text and "| `02_toy` | 0, 1, 2, 3 |" in text and "hours in all" in text
     readme = (tmp_path / "README.md").read_text()
     assert (
-        claims.shown_in(readme) == claims.section([row])
+        claims.MARKED.search(readme)[2] == claims.section([row])
         and readme.startswith("before\n")
         and readme.endswith("after\n")
     )
@@ -436,8 +436,17 @@ def test_claims_and_metrics_agree(home):
 
 
 def test_the_readme_shows_the_newest_table():
-    shown = claims.shown_in((ROOT / "README.md").read_text())
+    shown = claims.MARKED.search((ROOT / "README.md").read_text())[2]
     assert shown == claims.section(read_json(HOMES[-1] / "claims.json"), HOMES[-1]), "run `... lab.claims collect`"
+
+
+def test_without_new_runs_the_first_table_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(claims, "reference_runs", dict)
+    assert claims.main([]) == 0
+    out = capsys.readouterr().out
+    assert (
+        out == f"The first table, which earlier code made:\n\n{claims.table(read_json(claims.FIRST / 'claims.json'))}\n"
+    )
 
 
 def test_the_first_table_names_the_commits_that_made_its_runs():

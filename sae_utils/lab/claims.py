@@ -95,9 +95,8 @@ def read_claim(table: dict, where: str) -> Claim:
         else:
             allowed, good = "text", isinstance(value, str) and (value or field == "section")
         if not good:
-            raise ValueError(
-                f"{where}: {field} is {'missing' if value is None else repr(value)}: it has to be {allowed}"
-            )
+            said = "missing" if value is None else repr(value)
+            raise ValueError(f"{where}: {field} is {said}: it has to be {allowed}")
     return Claim(**table)
 
 
@@ -239,26 +238,31 @@ def shown(found: dict) -> str:
     return mean if low is None else f"{mean} [{low:.3g}, {high:.3g}]"
 
 
+def markdown(titles: list[str], rows) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (titles, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]])
+
+
 def table(rows) -> str:
     """The rows as a Markdown table."""
-    lines = ["| paper | claim | here: mean [95% interval] | seeds | verdict | control |", "|---|---|---|---|---|---|"]
+    cells = []
     for row in rows:
         beside = [f"{name}: {shown(c)}, {c['verdict']}" for name, c in controls_of(row).items()]
-        cells = [row["paper"], row["claim"], shown(row), str(row["n"]), f"**{row['verdict']}**", "; ".join(beside)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+        about = row["paper"], row["claim"], shown(row), str(row["n"]), f"**{row['verdict']}**"
+        cells.append([*about, "; ".join(beside)])
+    return markdown(["paper", "claim", "here: mean [95% interval]", "seeds", "verdict", "control"], cells)
 
 
 def section(rows, home=None) -> str:
     """What the README says between the marks: nothing without rows."""
     if not rows:
         return ""
-    at = "outputs/reference/first" if home == FIRST else "outputs/reference"
-    first = (
-        f"This table is the first one. [Earlier code]({at}/README.md) made its runs; `make reference` makes new ones.\n\n"
-        if home == FIRST
-        else ""
-    )
+    home = home or runs.REFERENCE.parent
+    at, first = "outputs/reference", ""
+    if home == FIRST:
+        at += "/first"
+        first = f"This table is the first one. [Earlier code]({at}/README.md) made its runs; `make reference` makes new ones.\n\n"
     of_verdict = Counter(row["verdict"] for row in rows)
     counts = ", ".join(f"{of_verdict[word]} {said}" for word, said in SAID.items())
     hold = [row for row in rows if row["verdict"] == "holds"]
@@ -267,35 +271,27 @@ def section(rows, home=None) -> str:
         f"## Claims\n\n{first}Of {len(rows)} claims, the papers' but where marked as ours, at this scale {counts}. A verdict is that of the 95% interval of the "
         f"mean over seeds, of each claim by itself. Where the control holds too, as for {too} of the {len(hold)}, the number alone does not show what "
         f"it is said to show. [claims.json]({at}/claims.json) has the values of each seed, other measures and the runs.\n\n"
-        f"{table(rows)}\n{pictures(home or runs.REFERENCE.parent, at)}"
+        f"{table(rows)}\n{pictures(home, at)}"
     )
 
 
 def pictures(home: Path, at: str) -> str:
     """The figures of `FIGURES` that were collected, two side by side, as HTML: one per paper, of the first seed."""
-    there = {name: f"{name}/{f}.png" for name, f in FIGURES.items() if (home / "figures" / name / f"{f}.png").exists()}
-    images = [
-        f'<img src="{at}/figures/{file}" width="49%" alt="{name}: {FIGURES[name]}">' for name, file in there.items()
-    ]
+    there = {name: f for name, f in FIGURES.items() if (home / "figures" / name / f"{f}.png").exists()}
+    images = [f'<img src="{at}/figures/{n}/{f}.png" width="49%" alt="{n}: {f}">' for n, f in there.items()]
     return f"\nFrom {', '.join(there)}, each of its first seed:\n\n" + "\n".join(images) + "\n" if there else ""
 
 
 def made(found) -> str:
     """What the runs took, and on what, as a Markdown table."""
-    lines = ["| notebook | seeds | minutes a seed | machine |", "|---|---|---|---|"]
-    hours = 0.0
-    for name, of_seed in sorted(found.items()):
-        minutes = [run.manifest["wall_seconds"] / 60 for run in of_seed.values()]
-        hours += sum(minutes) / 60
-        machines = {runs.made_on(run.manifest) for run in of_seed.values()}
-        cells = [
-            f"`{name}`",
-            ", ".join(map(str, sorted(of_seed))),
-            f"{np.mean(minutes):.1f}",
-            ", ".join(sorted(machines)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{hours:.1f} hours in all."])
+    minutes = {name: [run.manifest["wall_seconds"] / 60 for run in found[name].values()] for name in sorted(found)}
+    cells = []
+    for name, each in minutes.items():
+        machines = {runs.made_on(run.manifest) for run in found[name].values()}
+        seeds = ", ".join(map(str, sorted(found[name])))
+        cells.append([f"`{name}`", seeds, f"{np.mean(each):.1f}", ", ".join(sorted(machines))])
+    hours = sum(map(sum, minutes.values())) / 60
+    return markdown(["notebook", "seeds", "minutes a seed", "machine"], cells) + f"\n\n{hours:.1f} hours in all."
 
 
 def details(rows, found) -> str:
@@ -313,12 +309,6 @@ def details(rows, found) -> str:
                 lines.append(f"{kind}: {name} (`{control['metric']}`): {shown(control)}, {control['n']} seeds.")
         parts.append("\n".join(lines) + f"\nRuns: {', '.join(row['run_ids'])}.")
     return "\n\n".join([*parts, "# The runs", made(found)]) + "\n"
-
-
-def shown_in(readme: str) -> str | None:
-    """The text between the marks of the README, None without marks."""
-    found = MARKED.search(readme)
-    return found and found[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,11 +35,6 @@ class RunFailed(RuntimeError):
     """A notebook failed; the message holds the error, the cell and line, the parameters and the path of the executed part."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_limit=TIME_LIMIT, tell=None) -> Run:
     """The finished run of a notebook, executed only if it is not there or stale.
 
@@ -55,30 +50,23 @@ def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_l
     found = runs.find_run(notebook, params, needs_saes)
     if found and not found.stale():
         return found
-    run_lock = lock(directory / "run")
+    executed, run_lock = directory / "notebook.ipynb", lock(directory / "run")
     try:
-        run_lock.acquire(timeout=0)
+        held = run_lock.acquire(timeout=0)
     except Timeout:
         print(f"{label(notebook, params)}: another process is executing it, waiting", flush=True)
-        run_lock.acquire()
-    try:
+        held = run_lock.acquire()
+    with held:
         if found := usable(notebook, params, keep_stale, needs_saes):
             return found
         if tell is not None:
             print(f"{tell}{label(notebook, params)}: executing it in {directory}", file=sys.stderr, flush=True)
-        about = None if tell is None else tell + notebook
-        error = execute(path, directory / "notebook.ipynb", params, time_limit, about)
-        if not error:
-            found = runs.find_run(notebook, params)
-            error = "" if found else "it came to its end without run.finish(), or its inputs changed meanwhile"
-    finally:
-        run_lock.release()
-    if error:
-        raise RunFailed(
-            f"{label(notebook, params)} failed: {error}\n"
-            f"  parameters: {params}\n  executed part: {directory / 'notebook.ipynb'}"
-        )
-    return found
+        error = execute(path, executed, params, time_limit, None if tell is None else tell + notebook)
+        if not error and (found := runs.find_run(notebook, params)):
+            return found
+    error = error or "it came to its end without run.finish(), or its inputs changed meanwhile"
+    about = f"  parameters: {params}\n  executed part: {executed}"
+    raise RunFailed(f"{label(notebook, params)} failed: {error}\n{about}")
 
 
 def usable(name: str, params: dict, keep_stale: bool, needs_saes: bool) -> Run | None:

@@ -4,13 +4,14 @@ A run is made at two small token counts, `STEPS` batches of the plan's largest `
 its seconds, peak memory and disk at the two goes a line, a + b · n_tokens, that is read off at the planned `n_tokens`.
 """
 
+import contextlib
+import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import files_of
 from . import runs
 from .execute import RunFailed, run_apart
 from .parameters import label
@@ -18,7 +19,7 @@ from .parameters import label
 STEPS = 32, 96
 GIB = 2**30
 LEFT_OUT = """Extrapolated linearly in n_tokens from short runs, each with an empty cache of its own. In all: hours and disk are sums, memory is the largest.
-Left out: memory of a GPU, checkpoints (gone when a run ends), the start of kernels, what several runs at once cost each other, and
+Left out: what a notebook asserts of its results, memory of a GPU, checkpoints (gone when a run ends), the start of kernels, what several runs at once cost each other, and
 whatever does not grow linearly. Activations that runs share are counted for each, so a sweep may take less time and disk."""
 
 
@@ -34,8 +35,14 @@ class Needs(NamedTuple):
 
 
 def size(*places: Path) -> int:
-    """Bytes of the files in these places."""
-    return sum(file.lstat().st_size for place in places for file in files_of(place))
+    """Bytes of the files in these places, but for those that go meanwhile."""
+    total = 0
+    for place in places:
+        for directory, _, names in [*os.walk(place)] or [(place.parent, [], [place.name])]:
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    total += os.lstat(os.path.join(directory, name)).st_size
+    return total
 
 
 def token_counts(plan, params: dict) -> list[int]:
@@ -45,9 +52,12 @@ def token_counts(plan, params: dict) -> list[int]:
 
 
 def measure(name: str, params: dict, scratch: Path) -> Needs:
-    """Make a run with an empty cache in a process of its own; RunFailed with its message if it fails."""
+    """Make a run with an empty cache in a process of its own; RunFailed with its message if it fails.
+
+    Its `assert`s are off: what a notebook checks of trained SAEs is not so after a few steps.
+    """
     cache = Path(tempfile.mkdtemp(dir=scratch))
-    done = run_apart(name, params, SAE_UTILS_CACHE=str(cache))
+    done = run_apart(name, params, SAE_UTILS_CACHE=str(cache), PYTHONOPTIMIZE="1")
     found = runs.find_run(name, params)
     if done.returncode or not found:
         raise RunFailed(done.stderr.strip())
@@ -73,21 +83,19 @@ def probe(plan) -> tuple[list[tuple], list[str]]:
     rows, failures, needs, known = [], [], [], {}
     with tempfile.TemporaryDirectory(prefix="sae-utils-probe-", ignore_cleanup_errors=True) as scratch:
         for i, (name, params) in enumerate(plan, start=1):
-            counts = token_counts(plan, params)
+            counts, measured = token_counts(plan, params), []
             try:
                 for n in counts:
                     at = params | {"n_tokens": n, "output_dir": f"{scratch}/outputs"}
                     print(f"[{i}/{len(plan)}] {name} at {n:,} tokens", file=sys.stderr, flush=True)
                     if str((name, at)) not in known:  # runs that differ in n_tokens alone are probed once
                         known[str((name, at))] = measure(name, at, Path(scratch))
-                measured = [
-                    known[str((name, params | {"n_tokens": n, "output_dir": f"{scratch}/outputs"}))] for n in counts
-                ]
+                    measured.append(known[str((name, at))])
             except RunFailed as error:
                 failures.append(str(error))
                 rows.append((label(name, params), "failed", "", "", ""))
-                continue
-            needs.append(extrapolated(counts, measured, params["n_tokens"]))
-            rows.append((label(name, params), " and ".join(f"{n:,}" for n in counts), *needs[-1].row()))
+            else:
+                needs.append(extrapolated(counts, measured, params["n_tokens"]))
+                rows.append((label(name, params), " and ".join(f"{n:,}" for n in counts), *needs[-1].row()))
     seconds, memory, disk = zip(*needs) if needs else ([0], [0], [0])
     return [*rows, ("in all", "", *Needs(sum(seconds), max(memory), sum(disk)).row())], failures
