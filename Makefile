@@ -8,7 +8,7 @@ ENGINE ?= local
 # threads that wait without spinning: otherwise a second busy process makes everything several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: run test lab reference bench smoke lint interop
+.PHONY: run test lab reference bench lint interop
 
 # Ray, where it is asked for, is one of the optional packages
 NEEDS := $(VENV)/$(if $(filter ray,$(ENGINE)),optional,ready)
@@ -32,10 +32,6 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/e2e.py
 	PYTHONPATH=. $(firstword $(wildcard .venv-interop/bin/python) $(BIN)/python) benchmarks/step.py
-
-# every notebook through a few steps at the size of GPT-2, with random weights: runs, and in the memory predicted
-smoke: $(VENV)/ready
-	$(BIN)/python benchmarks/smoke.py
 
 interop: .venv-interop/ready
 	PYTHONPATH=. .venv-interop/bin/python -m pytest tests/interop

@@ -1,7 +1,10 @@
 """Run identity, directories and manifests."""
 
 import json
+import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +254,53 @@ def test_a_run_is_stale_if_its_sources_or_those_of_a_required_run_or_its_noteboo
     assert find_run("02_toy", params).stale() == required_stale
     write_json(run.dir / "manifest.json", manifest | {"sources": {"lab/runs.py": "other", "gone.py": "any"}})
     assert find_run("02_toy", params).stale() == "made by other sae_utils sources (gone.py, lab/runs.py)"
+
+
+def test_only_an_edit_of_what_code_does_makes_runs_stale_and_only_those_that_loaded_it(notebook, tmp_path):
+    """On a copy of the package: words change nothing, an operator in gated.py the run that loaded it, one in base.py both."""
+    copy = tmp_path / "copy"
+    shutil.copytree(PACKAGE, copy / "sae_utils", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+
+    def python(*argv):
+        done = subprocess.run(
+            [sys.executable, *argv], cwd=copy, env=os.environ | {"PYTHONPATH": ""}, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout.decode()
+
+    def edit(file, before, after):
+        text = (copy / "sae_utils" / file).read_text()
+        assert before in text
+        (copy / "sae_utils" / file).write_text(text.replace(before, after, 1))
+
+    def stale():
+        listed = [line for line in python("-m", "sae_utils.sweep", "runs").splitlines() if line[:3] in ("01_", "02_")]
+        assert len(listed) == 2
+        return {line.split()[0]: re.findall(r"stale \((.*?)\)  ", line) for line in listed}
+
+    loaded = {"01_toy": "TopKSAE", "02_toy": "GatedSAE"}
+    for name, sae in loaded.items():
+        path = notebook(name, code=f"from sae_utils import {sae}, start_run\n# a comment\nrun = start_run(...)")
+        python(
+            "-c", f"from sae_utils import {sae}, start_run; {sae}; start_run('{name}', {defaults(path)}).finish({{}})"
+        )
+    made = {name: next((tmp_path / "runs" / name).glob("*/manifest.json")).read_text() for name in loaded}
+    assert '"saes/topk.py"' in made["01_toy"] and '"saes/gated.py"' not in made["01_toy"]
+    assert '"saes/gated.py"' in made["02_toy"] and '"saes/base.py"' in made["01_toy"]
+
+    assert stale() == {"01_toy": [], "02_toy": []}
+    for file in ("base", "topk", "gated"):
+        edit(f"saes/{file}.py", '"""', '"""Other words. ')
+        edit(f"saes/{file}.py", "\n\n", "\n\n# a comment\n\n")
+    cells = nbformat.read(tmp_path / "01_toy.ipynb", as_version=4)
+    cells.cells[1].source = cells.cells[1].source.replace("# a comment", "# another")
+    cells.cells.insert(0, nbformat.v4.new_markdown_cell("Prose"))
+    nbformat.write(cells, tmp_path / "01_toy.ipynb")
+    assert stale() == {"01_toy": [], "02_toy": []}
+    edit("saes/gated.py", "* scale + b_mag", "* scale - b_mag")
+    assert stale() == {"01_toy": [], "02_toy": ["made by other sae_utils sources (saes/gated.py)"]}
+    edit("saes/base.py", "f @ self.W_dec + self", "f @ self.W_dec - self")
+    assert stale()["01_toy"] == ["made by other sae_utils sources (saes/base.py)"]
 
 
 def test_reference_runs_count_where_no_saes_are_needed(notebook, tmp_path):

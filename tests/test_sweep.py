@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +14,8 @@ import time
 import nbformat
 import pytest
 
-from sae_utils.files import ROOT, write_json
-from sae_utils.lab import execute, parameters, runs, sweep
+from sae_utils.files import ROOT, lock, write_json
+from sae_utils.lab import clean, execute, parameters, probe, runs, sweep
 from sae_utils.lab.runs import find_run, start_run
 
 PARAMETERS = """k: int = 8
@@ -257,6 +258,154 @@ def test_a_name_that_leads_elsewhere_is_no_notebook(notebook, tmp_path, capsys, 
     name = name.format(tmp=tmp_path)
     assert main("run", name) == 2 and main(toml(tmp_path, f"[{json.dumps(name)}]\n"), "--list") == 2
     assert capsys.readouterr().err.count("error: no notebook") == 2
+
+
+@pytest.fixture
+def no_tier(monkeypatch):
+    """Parameters not named are the notebooks' own, not those of the tests' tier."""
+    monkeypatch.delenv(parameters.TIER, raising=False)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": 1025}, "k=1025: active latents per token are at most d_sae=1024"),
+        ({"ks": [2, 2000]}, r"ks=\[2, 2000\]: active latents"),
+        ({"batch_size": 10**6}, "give 597,465 activations"),  # 2,343 rows of 255
+        ({"hook_name": "blocks.6.hook_resid_pre"}, "has layers 0 to 5"),
+        ({"n_tokens": 255}, "n_tokens=255: less than one row"),
+        ({"n_eval_tokens": 100}, "n_eval_tokens=100: less than one row"),
+    ],
+)
+def test_parameters_that_do_not_fit_together_are_refused(no_tier, change, message):
+    with pytest.raises(ValueError, match=message):
+        parameters.resolve("01_train_topk", change)
+
+
+def test_a_choice_batch_that_cannot_use_every_latent_is_refused(no_tier):
+    with pytest.raises(ValueError, match="batch_size=128: Feature Choice needs"):
+        parameters.resolve("05_train_adaptive", {"batch_size": 128})
+
+
+def test_contexts_that_leave_no_room_for_what_is_generated_are_refused(no_tier):
+    parameters.resolve("07_steering", {"n_prompt": 244, "n_new": 12})
+    with pytest.raises(ValueError, match="n_prompt=245: beside n_new=12 the model's context has room for 244 tokens"):
+        parameters.resolve("07_steering", {"n_prompt": 245, "n_new": 12})
+
+
+def test_the_sweep_for_gpt2_is_checked_without_the_hub(no_tier, capsys, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a dry run must not open a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert main(ROOT / "sweeps" / "gpt2.toml", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 9 and all(line.startswith("missing  0") for line in out.splitlines())
+    assert (
+        sum("04_train_gsae" in line and "hook_name=blocks.7.hook_resid_pre" in line for line in out.splitlines()) == 1
+    )
+
+
+def test_a_mistake_in_a_sweep_is_one_line(no_tier, capsys, tmp_path):
+    assert main(toml(tmp_path, "[01_train_topk]\nd_sae = 16\nk = 17\n"), "--dry-run") == 2
+    said = "error: 01_train_topk: k=17: active latents per token are at most d_sae=16\n"
+    assert capsys.readouterr().err == said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs will take, and what they took
+# ---------------------------------------------------------------------------------------------------------------------
+
+GROWS = """import os, pathlib, time
+time.sleep(0.5 + 2e-5 * n_tokens)
+kept = b"1" * (1000 * n_tokens)
+cache = pathlib.Path(os.environ["SAE_UTILS_CACHE"]) / "activations"
+cache.mkdir(parents=True)
+(cache / "rows").write_bytes(bytes(10**6 + 500 * n_tokens))
+assert k < 8, "a few steps do not train"
+if k > 8:
+    raise RuntimeError("k is too large")
+"""
+
+
+def test_a_probe_says_what_a_run_then_takes(notebook, tmp_path, monkeypatch, capsys):
+    """Within 10% of the time, and 3% of memory and disk. A notebook that fails costs its row."""
+    declared = PARAMETERS + "n_tokens: int = 300_000\nbatch_size: int = 1024\n"
+    notebook("01_toy", GROWS, parameters=declared)
+    plan = sweep.planned(toml(tmp_path, "[01_toy]\nk = [8, 9]\n"))
+    rows, (failure,) = probe.probe(plan)
+    assert [row[:2] for row in rows] == [
+        ("01_toy", "32,768 and 98,304"),
+        ("01_toy k=9", "failed"),
+        ("in all", ""),
+    ]
+    assert "RuntimeError: k is too large" in failure
+    hours, memory, disk = map(float, rows[0][2:])
+    assert not (tmp_path / "runs").exists(), "a probe leaves nothing among the runs"
+    monkeypatch.setenv("SAE_UTILS_CACHE", str(tmp_path / "own"))
+    notebook("01_toy", GROWS.replace("k < 8", "k < 9"), parameters=declared)
+    done = execute.run("01_toy")
+    assert hours * 3600 == pytest.approx(done.manifest["wall_seconds"], rel=0.1)
+    assert memory * 2**30 == pytest.approx(done.manifest["peak_memory"], rel=0.03)
+    assert disk * 2**30 == pytest.approx(probe.size(tmp_path / "own", done.dir), rel=0.03)
+    assert rows[-1][2:] == rows[0][2:]
+
+
+def test_a_probe_shows_a_table_and_what_it_leaves_out(notebook, tmp_path, capsys):
+    notebook("01_toy", parameters=PARAMETERS + "n_tokens: int = 1000\n")
+    notebook("02_toy", "1 / 0", parameters=PARAMETERS + "n_tokens: int = 1000\n")
+    assert main(toml(tmp_path, "[01_toy]\n[02_toy]\n"), "--probe") == 1
+    out = capsys.readouterr().out
+    titles, first, second, total, *about = out.splitlines()
+    assert titles.split("  ")[0] == "run" and first.split()[:2] == ["01_toy", "1,000"] and total.startswith("in all")
+    assert second.split() == ["02_toy", "failed"] and "ZeroDivisionError" in out
+    assert "Extrapolated linearly in n_tokens" in about[0] and "Left out" in about[1]
+
+
+def test_clean_shows_what_there_is_and_removes_what_is_named(finished, notebook, tmp_path, capsys, own_cache):
+    notebook("01_toy")
+    fresh, old, broken = finished(k=2), finished(k=3), finished(k=4)
+    edited(sources={"lab/runs.py": "other"})(old.dir / "manifest.json")
+    (broken.dir / "manifest.json").write_text("{")
+    started = start_run("01_toy", parameters.resolve("01_toy", {"k": 5}))
+    started.lock.release()
+    elsewhere = tmp_path / "elsewhere"
+    for place in (own_cache / "tokens", own_cache / "mine", elsewhere / "01_toy" / "1"):
+        place.mkdir(parents=True)
+        (place / "rows.npy").write_bytes(bytes(2048))
+    (own_cache / "activations").symlink_to(elsewhere)
+    (tmp_path / "runs" / "linked").symlink_to(elsewhere / "01_toy")
+    write_json(elsewhere / "01_toy" / "1" / "manifest.json", old.manifest)
+
+    def counts(*options):
+        assert main("clean", *options) == 0
+        lines = capsys.readouterr().out.splitlines()[1:]
+        return {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in lines}
+
+    shown = counts()
+    numbers = {kind: int(said.split()[0]) for kind, said in shown.items()}
+    assert numbers == {"caches": 1, "stale": 1, "unfinished": 1, "finished": 1, "in progress": 0, "damaged": 1}
+    assert "2.00 KiB" in shown["caches"]
+    assert "1 removed" in counts("--stale")["stale"] and not old.dir.exists() and started.dir.exists()
+    assert "1 removed" in counts("--unfinished")["unfinished"] and not started.dir.exists()
+    assert "1 removed" in counts("--caches")["caches"] and not (own_cache / "tokens" / "rows.npy").exists()
+    assert (own_cache / "mine" / "rows.npy").exists() and (elsewhere / "01_toy" / "1" / "manifest.json").exists()
+    assert fresh.dir.exists() and (broken.dir / "manifest.json").exists(), "neither is removed by any name"
+
+
+@pytest.mark.parametrize("name", ["run", "kernel"])
+def test_clean_leaves_a_run_in_progress_and_the_caches_it_may_read(finished, notebook, own_cache, capsys, name):
+    notebook("01_toy")
+    run = finished()
+    edited(finished=False)(run.dir / "manifest.json")
+    (own_cache / "tokens").mkdir(parents=True)
+    (own_cache / "tokens" / "rows.npy").touch()
+    with lock(run.dir / name):
+        assert main("clean", *[f"--{kind}" for kind in clean.REMOVABLE]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^in progress  1", out, re.MULTILINE) and "kept: a run is in progress" in out
+    assert run.dir.exists() and (own_cache / "tokens" / "rows.npy").exists()
+    assert main("clean", "--unfinished") == 0 and not run.dir.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

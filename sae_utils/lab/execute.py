@@ -35,11 +35,6 @@ class RunFailed(RuntimeError):
     """A notebook failed; the message holds the error, the cell and line, the parameters and the path of the executed part."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_limit=TIME_LIMIT, tell=None) -> Run:
     """The finished run of a notebook, executed only if it is not there or stale.
 
@@ -55,30 +50,23 @@ def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_l
     found = runs.find_run(notebook, params, needs_saes)
     if found and not found.stale():
         return found
-    run_lock = lock(directory / "run")
+    executed, run_lock = directory / "notebook.ipynb", lock(directory / "run")
     try:
-        run_lock.acquire(timeout=0)
+        held = run_lock.acquire(timeout=0)
     except Timeout:
         print(f"{label(notebook, params)}: another process is executing it, waiting", flush=True)
-        run_lock.acquire()
-    try:
+        held = run_lock.acquire()
+    with held:
         if found := usable(notebook, params, keep_stale, needs_saes):
             return found
         if tell is not None:
             print(f"{tell}{label(notebook, params)}: executing it in {directory}", file=sys.stderr, flush=True)
-        about = None if tell is None else tell + notebook
-        error = execute(path, directory / "notebook.ipynb", params, time_limit, about)
-        if not error:
-            found = runs.find_run(notebook, params)
-            error = "" if found else "it came to its end without run.finish(), or its inputs changed meanwhile"
-    finally:
-        run_lock.release()
-    if error:
-        raise RunFailed(
-            f"{label(notebook, params)} failed: {error}\n"
-            f"  parameters: {params}\n  executed part: {directory / 'notebook.ipynb'}"
-        )
-    return found
+        error = execute(path, executed, params, time_limit, None if tell is None else tell + notebook)
+        if not error and (found := runs.find_run(notebook, params)):
+            return found
+    error = error or "it came to its end without run.finish(), or its inputs changed meanwhile"
+    about = f"  parameters: {params}\n  executed part: {executed}"
+    raise RunFailed(f"{label(notebook, params)} failed: {error}\n{about}")
 
 
 def usable(name: str, params: dict, keep_stale: bool, needs_saes: bool) -> Run | None:
@@ -212,21 +200,21 @@ def require(name: str, /, needs_saes: bool = True, **params) -> Run:
     params = resolve(name, asked)
     found = usable(name, params, False, needs_saes)
     if found is None:
-        in_force = resolve(name, {})
-        command = ["run", name]
-        for key, value in params.items():
-            if value != in_force[key]:
-                command += ["-p", key, value if isinstance(value, str) else json.dumps(value)]
         print(f"{label(name, params)} {NOT_THERE}", flush=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "sae_utils.sweep", *command],
-            env=os.environ | {PARENT: str(os.getpid())},
-            capture_output=True,
-            text=True,
-        )
+        done = run_apart(name, params)
         found = runs.find_run(name, params)
         if done.returncode or not found:
             raise RunFailed(f"required by {caller.name if caller else 'you'}: {done.stderr.strip()}")
     if caller:
         caller.record(found, asked)
     return found
+
+
+def run_apart(name: str, params: dict, **environment: str) -> subprocess.CompletedProcess:
+    """Execute a run in a process of its own, which ends when this one does."""
+    in_force, command = resolve(name, {}), [sys.executable, "-m", "sae_utils.sweep", "run", name]
+    for key, value in params.items():
+        if value != in_force[key]:
+            command += ["-p", key, value if isinstance(value, str) else json.dumps(value)]
+    environment = os.environ | {PARENT: str(os.getpid())} | environment
+    return subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -115,13 +115,11 @@ def checked(name, value, declared):
 def in_range(name, value):
     """The value, each item of a list, as the rule of this name in `RULES` allows it; ValueError if it does not."""
     rule = RULES.get(name)
-    if rule is None:
-        return value
-    if value == []:
+    if rule and value == []:
         raise ValueError(f"{name}=[]: it needs at least one value")
-    return (
-        [rule(f"{name}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else rule(name, value)
-    )
+    if rule and isinstance(value, list):
+        return [rule(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    return rule(name, value) if rule else value
 
 
 def device_form(name, value) -> str:
@@ -188,10 +186,8 @@ def check_together(name: str, p: dict) -> dict:
         room = f"beside n_new={p.get('n_new')} the model's context has room for {longest} tokens"
         need("n_prompt", lambda v: v <= longest, room)
         if "n_tokens" in p:
-            activations = p["n_tokens"] // n_ctx * (n_ctx - 1)
-            need(
-                "batch_size", lambda v: v <= activations, f"n_tokens={p['n_tokens']:,} give {activations:,} activations"
-            )
+            there = p["n_tokens"] // n_ctx * (n_ctx - 1)
+            need("batch_size", lambda v: v <= there, f"n_tokens={p['n_tokens']:,} give {there:,} activations")
     if "n_head" in p:
         need("d_model", lambda v: v % p["n_head"] == 0, f"it has to be a multiple of n_head={p['n_head']}")
     if name == "05_train_adaptive" and {"d_sae", "d_wide", "k"} <= set(p):
@@ -201,18 +197,13 @@ def check_together(name: str, p: dict) -> dict:
 
 
 def config_of(model: str) -> dict:
-    """n_layers, d_model, n_heads, n_ctx and d_vocab of a local model, as far as its config.json says so; of a hub name nothing."""
+    """n_layers and n_ctx of a local model, as far as its config.json says so; of a hub name nothing."""
     if not model or not (directory := find_model(model)):
         return {}
-    names = {
-        "n_layers": ("n_layer", "num_hidden_layers", "num_layers"),
-        "d_model": ("n_embd", "hidden_size"),
-        "n_heads": ("n_head", "num_attention_heads"),
-        "n_ctx": ("n_positions", "max_position_embeddings"),
-        "d_vocab": ("vocab_size",),
-    }
+    names = dict.fromkeys(("n_layer", "num_hidden_layers", "num_layers"), "n_layers")
+    names |= dict.fromkeys(("n_positions", "max_position_embeddings"), "n_ctx")
     config = read_table(directory / "config.json")
-    found = {key: next((config[name] for name in of_key if name in config), None) for key, of_key in names.items()}
+    found = {names[name]: config[name] for name in reversed(names) if name in config}  # the first name counts
     return {key: value for key, value in found.items() if type(value) is int and value > 0}
 
 
@@ -261,13 +252,12 @@ def read_sweep(path) -> dict[str, dict]:
 
 def instead_of(path) -> str:
     """What was meant, as far as the name of what is no sweep file shows it: a notebook, or a sweep file of the repository."""
-    name, sweeps = Path(path).stem, sorted((ROOT / "sweeps").glob("*.toml"))
-    notebooks = [file.stem for file in notebooks_dir().glob("*.ipynb")]
+    name, notebooks = Path(path).stem, [file.stem for file in notebooks_dir().glob("*.ipynb")]
     if found := difflib.get_close_matches(name, notebooks, 1):
         return f". One notebook is executed by: python -m sae_utils.sweep run {found[0]}"
-    found = difflib.get_close_matches(name, [file.stem for file in sweeps], 1)
-    meant = [os.path.relpath(file) for file in sweeps if file.stem in found]
-    return f" (did you mean {meant[0]}?)" if meant and not Path(path).exists() else ""
+    sweeps = {} if Path(path).exists() else {file.stem: file for file in (ROOT / "sweeps").glob("*.toml")}
+    found = difflib.get_close_matches(name, sweeps, 1)
+    return f" (did you mean {os.path.relpath(sweeps[found[0]])}?)" if found else ""
 
 
 def combinations(tables, name: str) -> list[dict]:

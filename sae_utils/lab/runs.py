@@ -47,7 +47,7 @@ _current = None
 # ---------------------------------------------------------------------------------------------------------------------
 def input_hashes(params) -> dict:
     """Hashes of the text and of the language model that the parameters name, None where they name none."""
-    config = filter(None, [params.get("dataset_config")])
+    config = [params["dataset_config"]] if params.get("dataset_config") else []
     return {
         "corpus": corpus_hash(params["dataset"], *config) if "dataset" in params else None,
         "model": model_hash(params["model"]) if "model" in params else None,
@@ -145,13 +145,12 @@ class Run:
         if "torch" in sys.modules and not self.seeded_torch:
             raise RuntimeError("torch was imported after start_run, so the seed never reached it: import it before")
         write_json(self.dir / "metrics.json", plain(metrics))
-        modules = {
-            name.removeprefix("sae_utils.").replace(".", "/") for name in sys.modules if name.startswith("sae_utils.")
-        }
-        loaded = {f"{module}{end}" for module in modules for end in (".py", "/__init__.py")}
+        ours = [Path(module.__file__) for name, module in sys.modules.items() if name.startswith("sae_utils.")]
+        loaded = {file.relative_to(PACKAGE).as_posix() for file in ours}
         sources = {name: value for name, value in self.manifest["sources"].items() if name in loaded}
         seconds = round(time.monotonic() - self.started, 2)
-        self.manifest |= {"finished": True, "sources": sources, "own_modules": own_modules(), "wall_seconds": seconds}
+        self.manifest |= {"finished": True, "sources": sources, "own_modules": own_modules()}
+        self.manifest |= {"wall_seconds": seconds, "peak_memory": peak_memory()}
         write_json(self.dir / "manifest.json", self.manifest)
         shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
         self.lock.release()
@@ -166,10 +165,9 @@ def inside(directory: Path, name: str) -> Path:
 
 def same_code(name: str, code: str) -> bool:
     """Whether a notebook is there and its code is the one with this hash."""
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return notebook_hash(notebook_path(name)) == code
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def asked_alike(name: str, made_by: dict) -> bool:
@@ -183,7 +181,7 @@ def asked_alike(name: str, made_by: dict) -> bool:
 def own_modules() -> dict[str, str]:
     """{file: hash of its code} of the modules that this process loaded and that are neither installed nor of sae_utils."""
     files = {getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]}
-    installed = re.compile(r"(site|dist)-packages")
+    installed = re.compile("(site|dist)-packages")
     theirs = [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, PACKAGE)]
     own = [Path(file).resolve() for file in files if file.endswith(".py") and not installed.search(file)]
     own = [file for file in own if file.is_file() and not any(file.is_relative_to(place) for place in theirs)]
@@ -210,11 +208,10 @@ def start_run(name: str, namespace: dict) -> Run:
     """
     global _current
     path = notebook_path(name)
-    missing = [parameter for parameter in parameters_of(path) if parameter not in namespace]
-    if missing:
+    declared = parameters_of(path)
+    if missing := [parameter for parameter in declared if parameter not in namespace]:
         raise NameError(f"{name}: {', '.join(missing)} not set. Run the parameters cell first.")
-    params = check_parameters(path, {parameter: namespace[parameter] for parameter in parameters_of(path)})
-    check_together(name, params)
+    params = check_together(name, check_parameters(path, {parameter: namespace[parameter] for parameter in declared}))
     seed = params.get("seed", 0)
     random.seed(seed)
     np.random.seed(seed)
@@ -369,6 +366,18 @@ def environment() -> dict:
         "threads": torch.get_num_threads() if torch else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
     }
+
+
+def peak_memory() -> int | None:
+    """Bytes of this process's largest resident set; None where the system does not count them (Windows)."""
+    with contextlib.suppress(OSError):  # Linux: `getrusage` counts what the process that started this one held, too
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(found[1])
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def plain(value, name="metrics"):

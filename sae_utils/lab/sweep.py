@@ -2,7 +2,8 @@
 
     python -m sae_utils.sweep run NOTEBOOK [-p name value]...
     python -m sae_utils.sweep runs [NOTEBOOK] [--output-dir DIR]
-    python -m sae_utils.sweep SWEEP.toml [--engine local|ray] [--list] [--dry-run] [--shard i/n] [--keep-stale]
+    python -m sae_utils.sweep clean [--caches] [--stale] [--unfinished] [--output-dir DIR]
+    python -m sae_utils.sweep SWEEP.toml [--engine local|ray] [--list] [--dry-run] [--probe] [--shard i/n] [--keep-stale]
 
 A sweep is a TOML file: a `[shared]` table, applied to every notebook that declares the name, then one table per notebook
 (`[01_train_topk]`) in the order of execution; an empty table is one run with the defaults. A list where the notebook
@@ -10,9 +11,7 @@ declares a scalar is swept over, several lists as their product. `runs` lists wh
 """
 
 import argparse
-import itertools
 import json
-import math
 import os
 import shlex
 import sys
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 
 from . import runs
+from .clean import REMOVABLE, clean
 from .execute import KEEP_STALE, PARENT, RunFailed, run
 from .parameters import (
     TIER,
@@ -33,11 +33,8 @@ from .parameters import (
     notebooks_dir,
     read_sweep,
 )
+from .probe import LEFT_OUT, probe
 from .runs import DAMAGED, Run, in_words
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_value(name: str, text: str, declared: str):
@@ -77,59 +74,51 @@ def notebook_name(text: str) -> str:
     return path.stem if path.suffix == ".ipynb" else text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many runs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def state(name: str, params: dict) -> str:
     """`"finished"`, `"stale (why)"` or `"missing"`; the runs committed as reference count."""
-    found = runs.find_run(name, params, needs_saes=False)
+    return in_a_word(runs.find_run(name, params, needs_saes=False))
+
+
+def in_a_word(found: Run | None) -> str:
     why = found.stale() if found else ""
     return f"stale ({why})" if why else "finished" if found else "missing"
 
 
-def sweep(plan, keep_stale: bool = False, engine: str = "local", gpus: float = 1.0) -> int:
+def sweep(plan, engine: str = "local", gpus: float = 1.0) -> int:
     """Execute the planned runs; returns how many failed, after a table and the failures in full.
 
     engine: "local", one after the other, or "ray", as many at once as there are resources for (`gpus` each).
     """
-    rows, failures = {}, {}
-    numbered = [(name, params, f"[{i}/{len(plan)}] ") for i, (name, params) in enumerate(plan, start=1)]
-    attempts = (
-        on_ray(numbered, keep_stale, gpus) if engine == "ray" else map(attempt, numbered, itertools.repeat(keep_stale))
-    )
-    for name, params, error, outcome, minutes in attempts:
-        at = plan.index((name, params))
-        if error:
-            failures[at] = error
-        else:
-            done = runs.find_run(name, params, needs_saes=False)
-            shown = (minutes_of(done), key_metrics(done), done.dir) if done else ("", "damaged or gone meanwhile", "")
-            rows[at] = label(name, params), *shown
-        print(f"[{at + 1}/{len(plan)}] {label(name, params)}: {outcome}, {minutes:.1f} min", flush=True)
+    numbered = [(i, f"[{i}/{len(plan)}] ", *one) for i, one in enumerate(plan, start=1)]
+    results = {}
+    for number, said, *result in on_ray(numbered, gpus) if engine == "ray" else map(attempt, numbered):
+        print(said, flush=True)
+        results[number] = result
+    results = [results[number] for number in sorted(results)]
     print()
-    print_table([("run", "minutes", "metrics", "directory"), *(rows[at] for at in sorted(rows))])
-    for at in sorted(failures):
-        print(f"\n{failures[at]}", file=sys.stderr)
+    print_table([("run", "minutes", "metrics", "directory"), *(row for row, error in results if not error)])
+    failures = [error for _, error in results if error]
+    for failure in failures:
+        print(f"\n{failure}", file=sys.stderr)
     return len(failures)
 
 
-def attempt(planned_run: tuple[str, dict, str], keep_stale: bool):
-    """One run of a sweep and its number there: (name, params, error or "", outcome in a word, minutes). Raises nothing."""
-    name, params, number = planned_run
+def attempt(planned_run: tuple[int, str, str, dict]):
+    """One run of a sweep: (its number there, how it went in a line, its row in the table, error or ""). Raises nothing."""
+    number, prefix, name, params = planned_run
     start, there = time.monotonic(), state(name, params) == "finished"
-    error = ""
+    row = error = ""
     try:
-        run(name, params, keep_stale=keep_stale, needs_saes=False, tell=number)
+        done = run(name, params, needs_saes=False, tell=prefix)
+        row = label(name, params), minutes_of(done), key_metrics(done), done.dir
     except Exception as raised:
         why = in_words(raised) if isinstance(raised, DAMAGED) else repr(raised)
         error = str(raised) if isinstance(raised, RunFailed) else f"{label(name, params)} failed: {why}"
     outcome = "FAILED" if error else "found" if there else "done"
-    return name, params, error, outcome, (time.monotonic() - start) / 60
+    return number, f"{prefix}{label(name, params)}: {outcome}, {(time.monotonic() - start) / 60:.1f} min", row, error
 
 
-def on_ray(plan, keep_stale: bool, gpus: float):
+def on_ray(plan, gpus: float):
     """`attempt` for every planned run, in workers of Ray: those of this machine, or of the cluster at `$RAY_ADDRESS`.
 
     Yields what `attempt` returns, as runs end. A run takes one CPU core, and a share `gpus` of a GPU where there is one.
@@ -147,14 +136,14 @@ def on_ray(plan, keep_stale: bool, gpus: float):
             raise ValueError(f"--gpus {gpus:g}: a run can have from 0 to the {there:g} GPUs that Ray has")
         gpus = gpus if there else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1, max_retries=0)(attempt)
-        running = {remote.remote(planned_run, keep_stale): planned_run for planned_run in plan}
+        running = {remote.remote(planned_run): planned_run for planned_run in plan}
         while running:
             (ended,), _ = ray.wait(list(running))
-            name, params, _ = running.pop(ended)
+            number, prefix, *lost = running.pop(ended)
             try:
                 yield ray.get(ended)
             except ray.exceptions.RayError as error:  # a worker that died
-                yield name, params, f"{label(name, params)} failed: {error}", "FAILED", math.nan
+                yield number, f"{prefix}{label(*lost)}: FAILED", "", f"{label(*lost)} failed: {error}"
     finally:
         ray.shutdown()
 
@@ -163,12 +152,8 @@ def key_metrics(done: Run, n: int = 3) -> str:
     """The metrics that the run lists under `"key"`, else its first few numbers."""
     metrics = done.metrics
     shown = {name: f"{name}={value:.4g}" for name, value in metrics.items() if type(value) in (int, float)}
-    key = metrics.get("key")
-    return (
-        " ".join(shown[str(name)] for name in key if str(name) in shown)
-        if isinstance(key, list)
-        else " ".join([*shown.values()][:n])
-    )
+    names = map(str, metrics["key"]) if isinstance(metrics.get("key"), list) else [*shown][:n]
+    return " ".join(shown[name] for name in names if name in shown)
 
 
 def minutes_of(done: Run) -> str:
@@ -183,11 +168,8 @@ def listed(name: str = "", output_dir: str = "") -> list[tuple]:
         try:
             done = runs.run_at(directory)
             if done.manifest["finished"]:
-                state = f"stale ({why})" if (why := done.stale()) else "finished"
-                made = runs.made_on(done.manifest)
-                rows.append(
-                    (label(done.name, done.parameters), key_metrics(done), minutes_of(done), made, state, directory)
-                )
+                about = key_metrics(done), minutes_of(done), runs.made_on(done.manifest), in_a_word(done), directory
+                rows.append((label(done.name, done.parameters), *about))
         except DAMAGED as error:
             rows.append((directory.parent.name, "", "", "", f"damaged ({in_words(error)})", directory))
     return rows
@@ -199,17 +181,6 @@ def print_table(rows) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         print("  ".join(item.ljust(width) for item, width in zip(row, widths)).rstrip())
-
-
-def print_estimates(plan, tflops: float, gbs: float) -> None:
-    """What the planned runs will take, as far as their models are known."""
-    from . import estimate
-
-    rows, basis = estimate.table(plan, tflops, gbs)
-    if rows:
-        print()
-        print_table([("run", "hours", "memory GiB", "for", "GPU alone GiB", "disk GiB"), *rows])
-        print(basis)
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -240,11 +211,8 @@ def main(argv=None) -> int:
             print(f"error: {in_words(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            again = shlex.join(["python", "-m", "sae_utils.sweep", *argv])
-            print(
-                f"\nInterrupted. Finished runs are kept; the same command goes on where it stopped: {again}",
-                file=sys.stderr,
-            )
+            said = "Interrupted. Finished runs are kept; the same command goes on where it stopped:"
+            print(f"\n{said}", shlex.join(["python", "-m", "sae_utils.sweep", *argv]), file=sys.stderr)
             return 130
 
 
@@ -258,23 +226,24 @@ def command(argv) -> int:
     one.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="params")
     past = argparse.ArgumentParser(prog="python -m sae_utils.sweep runs", description="List finished runs.")
     past.add_argument("notebook", nargs="?", default="", help="only those of this one")
-    past.add_argument("--output-dir", default="", metavar="DIR", help="where the runs are, if not in outputs/")
-    many = argparse.ArgumentParser(
-        prog="python -m sae_utils.sweep",
-        description="Execute the runs of a sweep file. One run: `run NOTEBOOK`. What is finished: `runs [NOTEBOOK]`.",
+    about = "Show what caches and runs take; remove what is named."
+    rid = argparse.ArgumentParser(prog="python -m sae_utils.sweep clean", description=about)
+    for kind in REMOVABLE:
+        rid.add_argument(f"--{kind}", action="append_const", const=kind, dest="remove", default=[])
+    about = (
+        "Execute the runs of a sweep file. One run: `run NOTEBOOK`. What is finished: `runs [NOTEBOOK]`. Disk: `clean`."
     )
+    many = argparse.ArgumentParser(prog="python -m sae_utils.sweep", description=about)
     many.add_argument("sweep", metavar="SWEEP.toml")
     many.add_argument("--engine", choices=["local", "ray"], default="local")
     many.add_argument("--gpus", type=float, default=1.0, help="share of a GPU for each run (engine ray)")
     many.add_argument("--list", action="store_true", help="show the planned runs and their state")
-    many.add_argument(
-        "--dry-run", action="store_true", help="check all parameters; show what would be executed and what it takes"
-    )
-    many.add_argument("--tflops", type=float, default=0, help="for --dry-run: float32 products of the machine in mind")
-    many.add_argument("--gbs", type=float, default=0, help="for --dry-run: its memory bandwidth, GB/s")
-    many.add_argument(
-        "--shard", type=shard, default=(1, 1), metavar="i/n", help="only every n-th planned run, from the i-th"
-    )
+    many.add_argument("--dry-run", action="store_true", help="check all parameters; list what would be executed")
+    many.add_argument("--probe", action="store_true", help="a few steps of each run: hours, memory, disk of all of it")
+    every = "only every n-th planned run, from the i-th"
+    many.add_argument("--shard", type=shard, default=(1, 1), metavar="i/n", help=every)
+    for parser in (past, rid):
+        parser.add_argument("--output-dir", default="", metavar="DIR", help="where the runs are, if not in outputs/")
     for parser in (one, many):
         parser.add_argument("--keep-stale", action="store_true", help="use runs made by other sae_utils sources")
     if argv[:1] == ["runs"]:
@@ -284,9 +253,13 @@ def command(argv) -> int:
         titles = [("run", "metrics", "minutes", "made on", "state", "directory")] if rows else []
         print_table(titles + rows or [(f"no finished run in {runs.output_dir(args.output_dir)}",)])
         return 0
+    if argv[:1] == ["clean"]:
+        args = rid.parse_args(argv[1:])
+        print_table(clean(args.remove, args.output_dir))
+        return 0
     args = one.parse_args(argv[1:]) if argv[:1] == ["run"] else many.parse_args(argv)
     if args.keep_stale:
-        os.environ[KEEP_STALE] = "1"  # for the notebooks' own `require`
+        os.environ[KEEP_STALE] = "1"  # for `run` here, in workers and in the notebooks' own `require`
     if argv[:1] == ["run"]:
         name = notebook_name(args.notebook)
         done = run(name, parse_values(name, args.params), tell=tell)
@@ -298,14 +271,17 @@ def command(argv) -> int:
     plan = planned(args.sweep)[i - 1 :: n]
     os.environ[TIER] = str(Path(args.sweep).resolve())
     states = [state(name, params) for name, params in plan]  # reads all inputs, so that mistakes show at once
-    if args.list or args.dry_run:
-        ready = ["finished"] + [s for s in states if args.keep_stale and s.startswith("stale")]
-        shown = [(s, run) for s, run in zip(states, plan) if args.list or s not in ready]
+    ready = ["finished"] + [s for s in states if args.keep_stale and s.startswith("stale")]
+    shown = [(s, run) for s, run in zip(states, plan) if args.list or s not in ready]
+    if args.probe and shown:
+        rows, failures = probe([run for _, run in shown])
+        print_table([("run", "probed at", "hours", "memory GiB", "disk GiB"), *rows])
+        print(LEFT_OUT, *failures, sep="\n\n")
+        return 1 if failures else 0
+    if args.list or args.dry_run or args.probe:
         print_table([(s, label(*run)) for s, run in shown] or [("nothing to do",)])
-        if args.dry_run:
-            print_estimates([run for _, run in shown], args.tflops, args.gbs)
         return 0
-    return 1 if sweep(plan, args.keep_stale, args.engine, args.gpus) else 0
+    return 1 if sweep(plan, args.engine, args.gpus) else 0
 
 
 if __name__ == "__main__":
