@@ -127,8 +127,15 @@ def test_values_of_the_command_line_are_read_by_the_declared_type(notebook):
     values = {"flag": False, "rate": 1e-4, "sizes": [3, 4], "k": 16, "output_dir": ""}
     assert sweep.parse_values("01_toy", pairs) == values
     assert sweep.parse_values("01_toy", [("sizes", "3,4")]) == {"sizes": [3, 4]}
-    for name, text in [("flag", "no"), ("k", "1.5"), ("sizes", "1,b"), ("rate", "fast")]:
-        with pytest.raises(ValueError, match=f"-p {name} {text}: {name} is declared"):
+    for name, text in [
+        ("flag", "no"),
+        ("k", "1.5"),
+        ("sizes", "1,b"),
+        ("sizes", "1,,2"),
+        ("sizes", "[1,2"),
+        ("rate", "fast"),
+    ]:
+        with pytest.raises(ValueError, match=f"-p {name} {re.escape(text)}: {name} is declared"):
             sweep.parse_values("01_toy", [(name, text)])
     with pytest.raises(KeyError, match="did you mean 'seed'"):
         sweep.parse_values("01_toy", [("sed", "1")])
@@ -844,3 +851,62 @@ def test_a_sweep_file_that_cannot_be_read_is_said_in_a_line(tmp_path, capsys, co
     path.mkdir() if content is None else path.write_bytes(content)
     assert main(str(path), "--list") == 2
     assert capsys.readouterr().err.startswith(f"error: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing silent
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_parameter_given_twice_is_refused(notebook):
+    notebook("01_toy")
+    with pytest.raises(ValueError, match="-p k is given more than once"):
+        sweep.parse_values("01_toy", [("k", "8"), ("rate", "0.1"), ("k", "16")])
+
+
+def test_what_a_notebook_warns_of_is_said_also_by_who_requires_it(notebook, capfd):
+    notebook("01_toy", "import warnings\nfor _ in range(2): warnings.warn('text was left out')")
+    notebook("02_toy", "from sae_utils import require\nrequire('01_toy')")
+    assert main("run", "02_toy") == 0
+    assert capfd.readouterr().err.count("warning: 01_toy: text was left out") == 1
+    assert main("run", "01_toy", "-p", "seed", "7") == 0
+    assert capfd.readouterr().err.count("warning: text was left out") == 1
+
+
+@pytest.mark.parametrize(
+    "toml_text, message",
+    [
+        ("", "plans no run: write a table for each notebook"),
+        ("[shared]\nk = 2\n", "plans no run"),
+        ("[01_toy]\nk = [1, 1]\n", "k = [1, 1] holds a value twice"),
+        ("[shared]\nother = 2\n[01_toy]\n", "no notebook declares 'other'"),
+    ],
+)
+def test_a_sweep_that_plans_something_else_than_it_says_is_refused(notebook, tmp_path, capsys, toml_text, message):
+    notebook("01_toy")
+    notebook("02_toy", parameters="other = 1\nseed = 0\noutput_dir = ''")
+    assert main(toml(tmp_path, toml_text), "--list") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_notebook_that_no_table_names_may_be_broken(notebook, tmp_path):
+    notebook("01_toy")
+    (tmp_path / "09_broken.ipynb").write_text("{")
+    assert main(toml(tmp_path, "[shared]\nk = 2\n[01_toy]\n"), "--list") == 0
+
+
+def test_numbers_beyond_a_float_and_paths_beyond_the_system_cost_nothing(notebook, finished, capsys):
+    notebook("01_toy")
+    done = finished()
+    write_json(done.dir / "metrics.json", {"a": 10**400, "b": 2.0})
+    write_json(done.dir / "manifest.json", done.manifest | {"own_modules": {"x" * 5000: "h"}})
+    assert main("runs") == 0
+    out = capsys.readouterr().out
+    assert "b=2" in out and "has changed since" in out
+
+
+def test_a_run_whose_saes_are_gone_says_what_to_delete(notebook, finished):
+    notebook("01_toy")
+    done = finished()
+    with pytest.raises(FileNotFoundError, match=f"holds no SAE.*Delete {done.dir}, and the run is made again"):
+        done.sae("topk")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 from filelock import Timeout
@@ -26,6 +27,7 @@ from .runs import Run
 
 SHARED = "model dataset dataset_config text_field bos hook_name n_tokens seed device output_dir".split()
 NOT_THERE = "is not there yet: executing it"
+WARNED = "warning: "  # opens the line of a warning on standard error
 LOG_EVERY = 60  # seconds between two lines on a run in a log; a terminal's one line changes every second
 TIME_LIMIT = 24 * 3600  # seconds for one run, against a kernel that hangs
 KEEP_STALE, PARENT = "SAE_UTILS_KEEP_STALE", "SAE_UTILS_PARENT"
@@ -62,6 +64,8 @@ def run(notebook: str, params=None, *, keep_stale=False, needs_saes=True, time_l
         if tell is not None:
             print(f"{tell}{label(notebook, params)}: executing it in {directory}", file=sys.stderr, flush=True)
         error = execute(path, executed, params, time_limit, None if tell is None else tell + notebook)
+        for text in warned(executed):
+            print(f"{WARNED}{text}", file=sys.stderr, flush=True)
         if not error and (found := runs.find_run(notebook, params)):
             return found
     error = error or "it came to its end without run.finish(), or its inputs changed meanwhile"
@@ -180,6 +184,13 @@ def lines_of(error) -> str:
     return "".join(found)
 
 
+def warned(output: Path) -> list[str]:
+    """What an executed notebook warned of, each warning once, so that it does not stay in the notebook alone."""
+    outputs = [out for cell in read_json(output)["cells"] for out in cell.get("outputs", [])] if output.exists() else []
+    text = "".join("".join(out["text"]) for out in outputs if out.get("name") == "stderr")
+    return list(dict.fromkeys(re.findall(r"UserWarning: (.+)", text)))
+
+
 def reached_a_cell(output: Path) -> bool:
     cells = read_json(output)["cells"] if output.exists() else []
     return any(cell["metadata"].get("papermill", {}).get("start_time") for cell in cells)
@@ -202,6 +213,9 @@ def require(name: str, /, needs_saes: bool = True, **params) -> Run:
     if found is None:
         print(f"{label(name, params)} {NOT_THERE}", flush=True)
         done = run_apart(name, params)
+        for line in done.stderr.splitlines():
+            if line.startswith(WARNED):
+                warnings.warn(f"{name}: {line.removeprefix(WARNED)}")
         found = runs.find_run(name, params)
         if done.returncode or not found:
             raise RunFailed(f"required by {caller.name if caller else 'you'}: {done.stderr.strip()}")

@@ -122,6 +122,12 @@ def in_range(name, value):
     return rule(name, value) if rule else value
 
 
+def not_empty(name, value) -> str:
+    if not value:
+        raise ValueError(f"{name}='': it has to be the name of a column, such as 'text'")
+    return value
+
+
 def device_form(name, value) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         allowed = ["auto", "cpu", "cuda", "cuda:0", "mps"]
@@ -143,11 +149,14 @@ def hook_form(name, value) -> str:
 
 
 RULES = dict.fromkeys(
-    """n_tokens n_eval_tokens n_rule_tokens n_latents n_contexts n_prompt n_new n_layer n_head n_ctx d_sae d_wide d_vocab d_model
-    k ks widths batch_size batch_rows""".split(),
+    """n_tokens n_eval_tokens n_rule_tokens n_latents n_contexts n_prompt n_new n_layer n_head d_sae d_wide d_vocab d_model
+    k ks widths batch_rows""".split(),
     whole,
 ) | {  # what a parameter of this name can be in any notebook, each item where it is a list
     "seed": functools.partial(whole, least=0, most=2**32 - 1),
+    "n_ctx": functools.partial(whole, least=2),
+    "batch_size": functools.partial(whole, least=2),
+    "text_field": not_empty,
     "latent": functools.partial(whole, least=-1),
     "lr": functools.partial(real, above=0),
     "coefficients": functools.partial(real, above=0),
@@ -174,7 +183,12 @@ def check_together(name: str, p: dict) -> dict:
         most = f"active latents per token are at most {narrowest}={p[narrowest]}"
         for key in ("k", "ks"):
             need(key, lambda v: np.max(v) <= widths[narrowest], most)
-    need("coefficients", lambda v: len(v) > 1, "a sweep over them needs at least two values")
+    need(
+        "coefficients",
+        lambda v: len(set(v)) == len(v) > 1,
+        "a sweep over them needs at least two values, all different",
+    )
+    need("widths", lambda v: len(set(v)) == len(v) > 2, "it needs at least three widths, all different")
     shape = {} if p.get("retrain") else config_of(p.get("model", ""))
     n_layers, n_ctx = shape.get("n_layers"), shape.get("n_ctx")
     if n_layers and (found := re.match(r"blocks\.(\d+)\.", p.get("hook_name", ""))):
@@ -238,13 +252,15 @@ def read_sweep(path) -> dict[str, dict]:
         raise FileNotFoundError(f"{path}: {why}{instead_of(path)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}{instead_of(path)}") from None
-    declared = {name for file in notebooks_dir().glob("*.ipynb") for name in parameters_of(file)}
     for table, values in tables.items():
         if not isinstance(values, dict):
             raise ValueError(f"{path}: {table!r} stands outside of a table; write it under [shared] or [NOTEBOOK]")
         if table != "shared":
             notebook_path(table)
-    for name in tables.get("shared", {}):
+    shared = tables.get("shared", {})
+    names = set(tables) - {"shared"} or {file.stem for file in notebooks_dir().glob("*.ipynb")}
+    declared = {name for notebook in names if shared for name in parameters_of(notebook_path(notebook))}
+    for name in shared:
         if name not in declared:
             raise KeyError(f"{path}, [shared]: no notebook declares {name!r}{near(name, declared)}")
     return tables
@@ -269,6 +285,8 @@ def combinations(tables, name: str) -> list[dict]:
     for key in swept:
         if not values[key]:
             raise ValueError(f"{name}: {key} = [] leaves nothing to run")
+        if any(value in values[key][:i] for i, value in enumerate(values[key])):
+            raise ValueError(f"{name}: {key} = {values[key]} holds a value twice: each is one run")
     axes = [value if key in swept else [value] for key, value in values.items()]
     return [check_parameters(notebook_path(name), dict(zip(values, point))) for point in itertools.product(*axes)]
 

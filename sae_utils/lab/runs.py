@@ -101,7 +101,10 @@ class Run:
         """One of the SAEs that the run saved, by its name."""
         from ..saes.files import load_sae
 
-        return load_sae(inside(self.saes, name))
+        try:
+            return load_sae(inside(self.saes, name))
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{error}. Delete {self.dir}, and the run is made again") from None
 
     def stale(self) -> str:
         """Why the run no longer is what its code would give, or `""`."""
@@ -110,7 +113,7 @@ class Run:
         if not same_code(self.name, self.manifest["code"]):
             return "its notebook has changed since"
         for file, code in self.manifest.get("own_modules", {}).items():
-            if not Path(file).is_file() or hash_of_module(file) != code:
+            if not os.path.isfile(file) or hash_of_module(file) != code:
                 return f"{file}, which its notebook imports, has changed since"
         for required, made_by in self.manifest["requires"].items():
             name = required.partition("/")[0]

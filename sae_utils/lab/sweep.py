@@ -13,10 +13,12 @@ declares a scalar is swept over, several lists as their product. `runs` lists wh
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 from . import runs
@@ -42,8 +44,9 @@ def parse_value(name: str, text: str, declared: str):
     kind, _, element = declared.rstrip("]").partition("[")
     try:
         if element:
-            items = [item.strip().strip("'\"") for item in text.strip().removeprefix("[").removesuffix("]").split(",")]
-            return [parse_value(name, item, element) for item in items if item]
+            inner = re.fullmatch(r"\s*\[?([^\[\]]*)\]?\s*", text)[1] if text.count("[") == text.count("]") else "?"
+            items = [item.strip().strip("'\"") for item in inner.split(",")] if inner.strip() else []
+            return [parse_value(name, item or "?", element) for item in items]
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]
         return {"int": int, "float": float, "str": str, "list": json.loads, "dict": json.loads}[kind](text)
@@ -54,6 +57,8 @@ def parse_value(name: str, text: str, declared: str):
 def parse_values(name: str, pairs) -> dict:
     """The (name, text) pairs of the command line as parameters of a notebook."""
     declared = declared_in(notebook_path(name), [key for key, _ in pairs])
+    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+        raise ValueError(f"-p {twice[0]} is given more than once: give it one value")
     return {key: parse_value(key, text, declared[key].type) for key, text in pairs}
 
 
@@ -151,7 +156,8 @@ def on_ray(plan, gpus: float):
 def key_metrics(done: Run, n: int = 3) -> str:
     """The metrics that the run lists under `"key"`, else its first few numbers."""
     metrics = done.metrics
-    shown = {name: f"{name}={value:.4g}" for name, value in metrics.items() if type(value) in (int, float)}
+    numbers = {name: value for name, value in metrics.items() if type(value) in (int, float) and abs(value) < 1e300}
+    shown = {name: f"{name}={value:.4g}" for name, value in numbers.items()}
     names = map(str, metrics["key"]) if isinstance(metrics.get("key"), list) else [*shown][:n]
     return " ".join(shown[name] for name in names if name in shown)
 
@@ -268,7 +274,9 @@ def command(argv) -> int:
     i, n = args.shard
     if args.dry_run:  # asks no hub, so that one forbidden or not reached is no mistake
         os.environ.pop("HF_HUB_OFFLINE", None)
-    plan = planned(args.sweep)[i - 1 :: n]
+    if not (plan := planned(args.sweep)):
+        raise ValueError(f"{args.sweep} plans no run: write a table for each notebook, such as [01_train_topk]")
+    plan = plan[i - 1 :: n]
     os.environ[TIER] = str(Path(args.sweep).resolve())
     states = [state(name, params) for name, params in plan]  # reads all inputs, so that mistakes show at once
     ready = ["finished"] + [s for s in states if args.keep_stale and s.startswith("stale")]
