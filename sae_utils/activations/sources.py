@@ -1,6 +1,7 @@
 """Where text comes from: local files of several kinds, and data sets of the hub, row by row."""
 
 import bz2
+import functools
 import gzip
 import io
 import itertools
@@ -72,7 +73,26 @@ def open_zst(file, mode):
     return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
 
 
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+def open_streams(new, file, mode):
+    """The text of all streams of a file, and of zeros between them. Python's own readers take a damaged later stream for the end."""
+    text, stream, rest = io.BytesIO(), new(), b""
+    with open(file, mode) as f:
+        while block := rest or f.read(1 << 20):
+            rest = b""
+            if stream.eof and (block := block.lstrip(b"\0")):
+                stream = new()
+            if block:
+                text.write(stream.decompress(block))
+                rest = stream.unused_data
+    if not stream.eof:
+        raise EOFError("a stream in it has no end")
+    text.seek(0)
+    return text
+
+
+COMPRESSED = {".gz": gzip.open, ".zst": open_zst}
+COMPRESSED[".bz2"] = functools.partial(open_streams, bz2.BZ2Decompressor)
+COMPRESSED[".xz"] = functools.partial(open_streams, lzma.LZMADecompressor)
 
 
 def local_files(path) -> tuple[list[Path], Counter]:
@@ -119,9 +139,8 @@ def rows_of(file, name, text_field):
                     yield name, file, lambda: columns
                     return
                 column = text_field if text_field in columns else text_field.split(".")[0]
-                values = itertools.chain.from_iterable(
-                    batch.column(0) for batch in table.iter_batches(columns=[column])
-                )
+                # by name, as "a.b" may be a column and also a field of a column
+                values = itertools.chain.from_iterable(b[column] for b in table.iter_batches(columns=[column]))
                 for i, value in enumerate(values):
                     yield f"{name}:{i}", f"{file}, row {i + 1}", lambda value=value: {column: value.as_py()}
             return
@@ -134,7 +153,7 @@ def rows_of(file, name, text_field):
             full = ((number, line) for number, line in enumerate(lines, 1) if line.strip(b" \t\xef\xbb\xbf"))
             for i, (number, line) in enumerate(full):
                 yield f"{name}:{i}", f"{file}, line {number}", lambda line=line: parsed(line)
-    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+    except (EOFError, OSError, ValueError, KeyError, zlib.error, lzma.LZMAError) as error:  # KeyError: two of a name
         raise ValueError(
             f"{file} cannot be read as {kind}{compression} ({error}): it is damaged or of another kind, mend or remove it"
         ) from None
@@ -149,6 +168,8 @@ def skeleton(fields) -> dict:
 
 def decoded(content: bytes) -> str:
     """UTF-8 text without its byte order mark; ValueError names the byte that is none."""
+    if (zero := content.find(b"\0")) >= 0:
+        raise ValueError(f"byte {zero:,} is 0, as in UTF-16 or a file cut short: save the text as UTF-8")
     try:
         return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -196,8 +217,7 @@ def text_of(row, text_field: str) -> str:
             )
         value = value[key]
     if isinstance(value, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
-        contents = [m["content"] or "" for m in value]  # a message that calls a tool may have none
-        value = "\n".join(contents) if all(isinstance(content, str) for content in contents) else value
+        value = "\n".join(content_of(message["content"]) for message in value)
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -208,6 +228,15 @@ def text_of(row, text_field: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"character {error.start:,} of {text_field!r} is half of a surrogate pair, not text") from None
     return value
+
+
+def content_of(content) -> str:
+    """The text of a chat message, "" for one that only calls a tool; of a list of parts, that of the parts with text."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") or "" for part in parts if isinstance(part, dict)]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a message's content is {content!r:.80}: it has to be text, or a list of parts with 'text'")
+    return "".join(texts)
 
 
 def columns_of(row: dict, above="") -> list[str]:

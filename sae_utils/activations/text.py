@@ -17,8 +17,10 @@ import hashlib
 import itertools
 import json
 import shutil
+import tempfile
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -44,6 +46,7 @@ SHIPPED += [(split, n_tokens, 16) for split in ("validation", "test") for n_toke
 SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}
 FEW_DOCUMENTS = 20
 CONTEXT = 60
+UNKNOWN_SHARE = 0.01  # of a text may be unknown to the tokenizer without a word
 
 
 def tokens(
@@ -109,6 +112,11 @@ def tokens(
         texts = documents(dataset, split, text_field, config, deduplicate, lost)
         ids = token_stream(texts, tokenizer, lost)
         rows = pack(ids, n_ctx, n_rows, spread, tokenizer.bos_token_id if bos else None, dtype)
+        if lost["characters"] and lost["tokens"] == lost["silent"]:
+            raise ValueError(
+                f"dataset={dataset!r}, split={split!r}: the tokenizer makes no token of any document: it knows none of "
+                f"their characters. Use the tokenizer of a model of such text"
+            )
         text = losses(lost)
         if not len(rows):
             held = f"dataset={dataset!r}, split={split!r} holds {lost['tokens']} tokens"
@@ -166,12 +174,19 @@ def losses(lost) -> str:
     """What `tokens` says about the documents left out, "" if there are none."""
     about = lost["duplicate characters"] * lost["tokens"] // max(lost["characters"], 1)
     counts = {
-        f"near-duplicates, about {about:,} tokens (deduplicate=False keeps them)": lost["duplicates"],
+        f"near-duplicates, about {about:,} tokens (tokens(..., deduplicate=False) keeps them)": lost["duplicates"],
         "empty or null": lost["empty"],
         f"unreadable, the first in {lost['first']}": lost["bad"],
     }
     found = "; ".join(f"{n:,} {why}" for why, n in counts.items() if n)
-    return f"left out of {lost['documents'] + lost['bad']:,} documents: {found}" if found else ""
+    said = [f"left out of {lost['documents'] + lost['bad']:,} documents: {found}"] if found else []
+    if lost["silent"]:
+        said.append(f"{lost['silent']:,} documents give no token: the tokenizer knows none of their characters")
+    if lost["dropped"] > UNKNOWN_SHARE * lost["looked at"]:
+        said.append(f"the tokenizer drops {lost['dropped'] / lost['looked at']:.0%} of the first documents' characters")
+    if lost["unknown"] > UNKNOWN_SHARE * lost["tokens"]:
+        said.append(f"{lost['unknown'] / lost['tokens']:.0%} of the tokens are the tokenizer's token for unknown text")
+    return "; ".join(said)
 
 
 def unread(path) -> str:
@@ -189,20 +204,33 @@ def token_stream(texts, tokenizer, lost, batch=64):
         fast.no_padding()
         fast.no_truncation()
         fast.encode_special_tokens = True  # a text that spells "<|endoftext|>" does not end there
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
     while group := list(itertools.islice(texts, batch)):
         if tokenizer.is_fast:  # 40% less work than tokenizer(group), which also locates every token in the text
             ids = [encoding.ids for encoding in fast.encode_batch_fast(group, add_special_tokens=False)]
         else:
-            ids = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = tokenizer(group, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        if tokenizer.is_fast and not lost["characters"]:
+            for text, encoding in zip(group, fast.encode_batch(group, add_special_tokens=False)):
+                dark = set(range(len(text))).difference(*(range(*place) for place in encoding.offsets))
+                lost["dropped"] += sum(not text[i].isspace() for i in dark)
+                lost["looked at"] += len(text)
         lost["characters"] += sum(map(len, group))
         lost["tokens"] += sum(map(len, ids)) + len(ids)
+        lost["silent"] += sum(not document and not text.isspace() for document, text in zip(ids, group))
+        lost["unknown"] += sum(document.count(unknown) for document in ids)
         yield from ([*document, tokenizer.eos_token_id] for document in ids)
 
 
 def tokenizer_hash(tokenizer) -> str:
     """What identifies a tokenizer: all that makes tokens of text, and the special tokens that `tokens` adds."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
-    state |= dict.fromkeys(["truncation", "padding", "post_processor", "decoder"])
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state |= dict.fromkeys(["truncation", "padding", "post_processor", "decoder"])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            state = [type(tokenizer), *((file.name, file_hash(file)) for file in sorted(Path(folder).iterdir()))]
     return digest([state, tokenizer.eos_token_id, tokenizer.bos_token_id])
 
 
@@ -235,7 +263,8 @@ def corpus_hash(dataset, config="") -> str:
     path = None if dataset == BUILTIN else local_path(dataset)
     if not isinstance(config, str) or config and (path or dataset == BUILTIN):
         raise ValueError(
-            f"config={config!r}: it has to be the name of a hub data set's configuration, '' for any other"
+            f"config={config!r} (dataset_config of a notebook): it has to be the name of a hub data set's configuration, "
+            f"'' for any other data set"
         )
     if dataset == BUILTIN:
         return builtin_hash()
