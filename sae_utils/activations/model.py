@@ -17,8 +17,8 @@ from ..device import resolve_device
 from ..files import BUILTIN_MODEL as BUILTIN
 from ..files import offline, read_json
 from ..values import near
-from .hooks import agree, few_tokens
-from .model_files import MODEL_FILES, TOKENIZERS, check_formats, conversion, find_model, model_files, no_model, verify
+from .hooks import agree
+from .model_files import MODEL_FILES, check_formats, conversion, find_model, model_files, no_model, verify
 
 HUB_SECONDS = 5  # how long the hub may take to answer whether it has a model
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -82,9 +82,9 @@ def check_files(directory: Path) -> None:
     files = {file.name: file for file in model_files(directory)}
     parsed = {name: read_json(file) for name, file in files.items() if file.suffix == ".json"}
     index = "model.safetensors.index.json"
-    for name in {"config.json", index} & set(parsed):
-        if not isinstance(parsed[name], dict):
-            raise ValueError(f"{files[name]} holds a {type(parsed[name]).__name__} and no settings: it is damaged")
+    for name, found in parsed.items():
+        if not isinstance(found, dict):
+            raise ValueError(f"{files[name]} holds a {type(found).__name__} and no settings: it is damaged")
     if "transformers_weights" in parsed["config.json"]:
         raise ValueError(f"{files['config.json']} names weights of its own (transformers_weights): remove that entry")
     shards = {"model.safetensors": set()}
@@ -93,8 +93,10 @@ def check_files(directory: Path) -> None:
             raise ValueError(
                 f"{directory}: no model.safetensors, nor an index of shards; save the model there (save_pretrained)"
             )
-        shards = {}
-        for tensor, shard in parsed[index].get("weight_map", {}).items():
+        shards, weight_map = {}, parsed[index].get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(f"{files[index]} has no weight_map from tensors to files: fetch the model again")
+        for tensor, shard in weight_map.items():
             shards.setdefault(shard, set()).add(tensor)
     for shard, tensors in shards.items():
         if shard not in files:
@@ -108,9 +110,29 @@ def check_files(directory: Path) -> None:
             ) from None
         if lost:
             raise ValueError(f"{files[shard]} has no tensor {min(lost)!r}, which {index} says: it is another model's")
-    if not any(file for pattern in TOKENIZERS for file in directory.glob(pattern)):
-        raise ValueError(f"no tokenizer in {directory}: save one there (tokenizer.save_pretrained)")
     verify(directory)
+
+
+def load_tokenizer(directory: Path):
+    """A model directory's own tokenizer; ValueError if it has none that can be loaded, or one without a vocabulary."""
+    from transformers import AutoTokenizer
+
+    reason = "it is empty"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        if set(tokenizer.get_vocab()) > set(tokenizer.all_special_tokens):
+            return tokenizer
+    except Exception as error:  # whatever the two libraries raise for a file that they do not know
+        reason = brief(error)
+    names = {file.name for file in model_files(directory) if ".safetensors" not in file.name} - {"config.json"}
+    raise ValueError(
+        f"no tokenizer in {directory}: save one there (tokenizer.save_pretrained). What transformers makes of "
+        f"{', '.join(sorted(names)) or 'no files'}: {reason}"
+    )
+
+
+def brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.160}"
 
 
 def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float32"):
@@ -129,26 +151,33 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
     directory = model_path(model)
     check_files(Path(directory))
     quiet_imports()
+    tokenizer = load_tokenizer(Path(directory))
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
 
-    raw: list[Tensor] = []
+    raw: list[Tensor] = []  # a few tokens, and the logits of transformers on them
 
     def load(name, **kwargs):
-        """The Hugging Face model; its logits on a few tokens are kept to compare with."""
+        """The Hugging Face model."""
         safely = dict(
             use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        model, loading = AutoModelForCausalLM.from_pretrained(name, **kwargs, **safely)
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(name, **kwargs, **safely)
+        except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+            raise WrongWeights(
+                f"{directory}: transformers cannot make a model of config.json ({brief(error)})"
+            ) from error
         check_weights(model, loading, directory)
         reference = model
         if getattr(model.config, "alibi", False):  # Falcon's eager attention, which hooks need, adds these biases twice
             reference, _ = AutoModelForCausalLM.from_pretrained(
                 name, **kwargs | safely | {"attn_implementation": None, "config": None}
             )
-        tokens = torch.arange(8, device=device)[None] % model.get_input_embeddings().num_embeddings
+        n = min(8, getattr(model.config.get_text_config(), "max_position_embeddings", 8))
+        tokens = torch.arange(n, device=device)[None] % model.get_input_embeddings().num_embeddings
         with torch.no_grad():
-            raw.append(reference.eval().to(device)(tokens[:, :-1]).logits)
+            raw.extend([tokens, reference.eval().to(device)(tokens[:, :-1]).logits])
         return model
 
     try:
@@ -157,16 +186,15 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
         )
         lm.eval().requires_grad_(False)
         with torch.no_grad():
-            same = agree(lm(few_tokens(lm))[:, :-1], raw[0])
+            same = agree(lm(raw[0])[:, :-1], raw[1])
     except (WrongWeights, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the two libraries raise for a family or a file that they do not know
-        first = str(error).strip().partition("\n")[0]
         family = read_json(Path(directory) / "config.json").get("model_type")
         other = "" if dtype == torch.float32 else "dtype='float32', or "
         raise ValueError(
             f"model={model!r}: TransformerLens {version('transformer-lens')} cannot run it (family {family!r}; "
-            f"{type(error).__name__}: {first[:160]}). Use {other}another "
+            f"{brief(error)}). Use {other}another "
             f"family, such as GPT-2, Llama, Qwen, GPT-NeoX, Gemma or OPT"
         ) from error
     if not same:
@@ -174,11 +202,14 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
             f"model={model!r}: on the same tokens, its logits in TransformerLens are not those of transformers, or they depend on "
             f"later tokens. Nothing can be measured on it: use another family, such as GPT-2, Llama, Qwen or GPT-NeoX"
         )
+    for name in ("eos_token", "bos_token"):  # TransformerLens invents those that a tokenizer does not have
+        if getattr(tokenizer, name) is None:
+            setattr(lm.tokenizer, name, None)
     return lm
 
 
 class WrongWeights(ValueError):
-    """Weights that do not fit the configuration, or are not finite."""
+    """Weights that do not fit the configuration, or are not finite, and a configuration of no model."""
 
 
 def check_weights(model, loading: dict, directory: str) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from ..files import ASSETS, BUILTIN_MODEL, digest, file_hash, replacing
 from ..values import near
 
-TOKENIZERS = ["tokenizer.json", "vocab.*", "*.model", "*.tiktoken"]  # a tokenizer's words are in one of these
 MODEL_FILES = ["config.json", "*.safetensors", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
-MODEL_FILES += ["*.safetensors.index.json", "added_tokens.json", *TOKENIZERS[1:]]  # all that a result depends on
+MODEL_FILES += ["*.safetensors.index.json", "added_tokens.json", "vocab.*", "*.model", "*.tiktoken"]
 OTHER_WEIGHTS = ["pytorch_model*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf"]
 
 
@@ -33,12 +32,16 @@ def find_model(model: str) -> Path | None:
     """
     if not isinstance(model, str | Path) or not str(model):
         raise ValueError(f"model={model!r}: it has to be {BUILTIN_MODEL!r}, a directory, or a hub name")
-    path = ASSETS / BUILTIN_MODEL if model == BUILTIN_MODEL else Path(model).expanduser()
+    try:
+        path = ASSETS / BUILTIN_MODEL if model == BUILTIN_MODEL else Path(model).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, no home
+        raise no_model(f"{model}"[:80], str(getattr(error, "strerror", error))) from None
     if model == BUILTIN_MODEL or path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / "config.json").is_file():
             raise no_model(model, f"no config.json in {path}; it has to be a Hugging Face directory")
         return path.resolve()
-    if path.exists():
+    if there:
         raise no_model(model, "it is a file, not a directory")
     beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
     bare = str(model) == path.name
@@ -47,6 +50,12 @@ def find_model(model: str) -> Path | None:
         raise no_model(model, f"no such directory{guess}")
     if guess and "@" not in path.name:
         raise no_model(model, f"no such directory{guess}; if you mean a model of the hub, name its organisation too")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(str(model).partition("@")[0])
+    except HFValidationError:
+        raise no_model(model, f"no such directory{guess}, and no hub model can have this name") from None
     return None
 
 
@@ -111,7 +120,10 @@ def verify(directory: Path) -> None:
     where large files are named by their hash. A directory without either is not verified. Once per process and file."""
     sums = directory / "SHA256SUMS"
     if sums.exists():
-        lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line) for line in sums.read_text().splitlines()]
+        lines = [
+            re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line)
+            for line in sums.read_text(errors="replace").splitlines()
+        ]
         if not all(lines):
             raise ValueError(f"{sums} has a line that sha256sum does not write: write it anew, or delete it")
         wanted = {line[2]: line[1] for line in lines if line[2] != sums.name}
