@@ -29,10 +29,9 @@ UNFINISHED = ".unfinished"  # ends the name of a temporary directory
 JOURNAL = ".sae_utils.new"  # in a directory: new files on their way to their places
 MARK = b"sae_utils crc32:"  # at the end of an array's file, before the 4 bytes of its checksum
 N_TRAILER = len(MARK) + 4
-DISK = {
-    getattr(errno, name, None)
-    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR EISDIR EEXIST ENAMETOOLONG".split()
-} - {None}
+FULL = {getattr(errno, name, errno.ENOSPC) for name in ("ENOSPC", "EDQUOT", "EFBIG")}  # Windows lacks some
+DISK = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+DISK |= {errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def cache_dir() -> Path:
@@ -65,7 +64,7 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged or not ours. Delete it.") from None
+        raise ValueError(f"{path} is not valid JSON ({error}): mend it, write it anew, or remove it") from None
 
 
 @contextlib.contextmanager
@@ -185,9 +184,10 @@ def disk_errors(path, need: int = 0, written: Path | None = None):
         if need := getattr(error, "need", need):
             needs = f"It needs {in_bytes(need)}, and "
         kind = type(error) if isinstance(error, OSError) else OSError
+        choose = "Make room, or choose" if number in FULL else "Choose"
         message = kind(
-            f"{path} cannot be written: {os.strerror(number)}. {needs}{in_bytes(free)} are free there. Make room, "
-            f"or choose another place: SAE_UTILS_CACHE is that of caches, SAE_UTILS_OUTPUT that of runs"
+            f"{path} cannot be written: {os.strerror(number)}. {needs}{in_bytes(free)} are free there. {choose} another "
+            f"place: SAE_UTILS_CACHE is that of caches, SAE_UTILS_OUTPUT that of runs"
         )
         message.errno = number
         raise message from error
@@ -295,5 +295,5 @@ def build_once(path, build) -> Path:
 def read_table(path: Path) -> dict:
     found = read_json(path)
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object: the file is damaged or not ours. Delete it.")
+        raise ValueError(f"{path} holds no JSON object: mend it, write it anew, or remove it")
     return found
