@@ -78,23 +78,18 @@ def check_formats(directory: Path) -> None:
     Nothing else is ever read: other formats can run code, and no hash covers what code and adapters do.
     """
     if code := sorted(directory.glob("*.py")):
-        raise ValueError(
-            f"{directory} holds code ({code[0].name}), which is never run. If transformers itself has this family, remove the "
-            f"code; otherwise the model cannot be used here"
-        )
+        remedy = "Remove it if transformers itself has this family; otherwise the model cannot be used here"
+        raise ValueError(f"{directory} holds code ({code[0].name}), which is never run. {remedy}")
     if (directory / "adapter_config.json").exists():
-        raise ValueError(
-            f"{directory} holds an adapter. Merge it into its model first (PEFT's merge_and_unload) and save that"
-        )
+        raise ValueError(f"{directory} holds an adapter. Merge it into its model first (PEFT's merge_and_unload)")
     if any(directory.glob("model.safetensors*")):  # one file, or an index
         return
     other = [file for pattern in OTHER_WEIGHTS for file in sorted(directory.glob(pattern))]
     if other:
         torchs = other[0].name.startswith("pytorch_model")
         again = conversion(directory) if torchs else "Save it anew with the code that wrote it (save_pretrained)"
-        raise ValueError(
-            f"{directory}: its weights ({other[0].name}) are not safetensors, and nothing else is loaded. {again}"
-        )
+        found = f"its weights ({other[0].name}) are not safetensors, and nothing else is loaded"
+        raise ValueError(f"{directory}: {found}. {again}")
 
 
 def conversion(model) -> str:
@@ -135,10 +130,9 @@ def verify(directory: Path) -> None:
     for name, sha in wanted.items():
         file = directory / name
         if not file.exists() or hash_now(file, file.stat().st_mtime_ns, file.stat().st_size) != sha:
-            raise ValueError(
-                f"{file} is {'damaged: its bytes are not those' if file.exists() else 'missing: it is one'} that "
-                f"{sums if sums.exists() else 'its name in the hub cache'} names. Delete the model and fetch it again"
-            )
+            wrong = "damaged: its bytes are not those" if file.exists() else "missing: it is one"
+            names = sums if sums.exists() else "its name in the hub cache"
+            raise ValueError(f"{file} is {wrong} that {names} names. Delete the model and fetch it again")
 
 
 @functools.cache
