@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from sae_utils import ActivationStore, TopKSAE, evaluate, load_language_model, resolve_device
 from sae_utils.activations import model_files
 from sae_utils.activations.hooks import (
-    bits_per_byte,
     check_hook,
     run_prefix,
     run_spliced,
@@ -417,10 +416,6 @@ def test_token_loss_is_in_fp32_and_has_a_gradient():
     loss.sum().backward()
     assert logits.grad[0, 0, 0].item() == pytest.approx(1 / 300 - 1, rel=1e-2)
     assert logits.grad[:, -1].abs().max() == 0
-
-
-def test_bits_per_byte_by_hand():
-    assert bits_per_byte(math.log(2) * 12, 4) == pytest.approx(3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

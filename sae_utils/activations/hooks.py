@@ -7,7 +7,6 @@ are flattened to [batch, pos, d_in] on the way out and restored on the way in.
 import contextlib
 import difflib
 import functools
-import math
 import re
 import warnings
 
@@ -51,11 +50,10 @@ def check_hook(lm, hook_name: str) -> None:
             wrong = "what is put there does not reach the logits of this model as it should"
             raise ValueError(f"hook_name={hook_name!r}: {wrong}. Use another hook, such as blocks.0.hook_resid_post")
         residual = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
-        n_idle = int(residual[1]) + (residual[2] == "post") if residual else 0
-        exact = not n_idle
-        if n_idle:  # some families do more with what a layer returns than hand it on, and end in an error
-            with contextlib.suppress(IndexError, TypeError, ValueError, RuntimeError, AttributeError):
-                exact = agree(splice(lm, tokens, hook_name, lambda _: other, (), n_idle), whole)
+        n_idle, exact = int(residual[1]) + (residual[2] == "post") if residual else 0, False
+        # some families do more with what a layer returns than hand it on, and end in an error
+        with contextlib.suppress(IndexError, TypeError, ValueError, RuntimeError, AttributeError):
+            exact = not n_idle or agree(splice(lm, tokens, hook_name, lambda _: other, (), n_idle), whole)
         if not exact:
             warnings.warn(f"{hook_name}: this model needs its early layers, so every splice there runs all of them")
     checked[hook_name] = n_idle if exact else 0
@@ -201,15 +199,10 @@ def idle(lm, n_blocks: int):
 def n_outputs(lm) -> int:
     """Length of the tuple that a Hugging Face layer returns, 0 for the bare residual stream: run to see, once per model."""
     if not hasattr(lm, "n_layer_outputs"):
-        seen = []
-        hook = lm.blocks[0].original_component.register_forward_hook(
-            lambda m, args, out: seen.append(len(out) if type(out) is tuple else 0)
-        )
-        try:
-            with torch.no_grad():
-                lm(torch.zeros(1, 1, dtype=torch.long, device=lm.cfg.device))
-        finally:
-            hook.remove()
+        seen, layer = [], lm.blocks[0].original_component
+        look = layer.register_forward_hook(lambda m, args, out: seen.append(len(out) if type(out) is tuple else 0))
+        with look, torch.no_grad():  # the hook is removed at the end
+            lm(torch.zeros(1, 1, dtype=torch.long, device=lm.cfg.device))
         lm.n_layer_outputs = seen[0]
     return lm.n_layer_outputs
 
@@ -218,8 +211,3 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy in nats of each next token, [batch, n_ctx − 1]; entry p is the loss of predicting token p + 1 at position p."""
     log_probs = logits[:, :-1].float().log_softmax(-1)
     return -log_probs.gather(-1, tokens[:, 1:, None].long()).squeeze(-1)
-
-
-def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Total nats of a text ÷ ln 2 ÷ its length in bytes."""
-    return nats / math.log(2) / n_bytes

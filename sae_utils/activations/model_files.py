@@ -28,7 +28,8 @@ def model_hash(model: str) -> str:
 def find_model(model: str) -> Path | None:
     """The directory of the built-in or a local model, or None for a name that only the hub can know; no network is asked.
 
-    Raises FileNotFoundError for a path that is not there, and for a bare word close to the built-in name or a directory here.
+    Raises FileNotFoundError for a path that is not there, for a name that no hub model can have, and for a bare word close to
+    the built-in name or a directory here.
     """
     if not isinstance(model, str | Path) or not str(model):
         raise ValueError(f"model={model!r}: it has to be {BUILTIN_MODEL!r}, a directory, or a hub name")
@@ -60,10 +61,8 @@ def find_model(model: str) -> Path | None:
 
 
 def no_model(model, reason: str) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"model={model!r}: {reason}. Allowed: {BUILTIN_MODEL!r}, a Hugging Face directory, or a hub name such as "
-        f"'openai-community/gpt2'."
-    )
+    allowed = f"{BUILTIN_MODEL!r}, a Hugging Face directory, or a hub name such as 'openai-community/gpt2'"
+    return FileNotFoundError(f"model={model!r}: {reason}. Allowed: {allowed}.")
 
 
 def model_files(directory: Path) -> list[Path]:
@@ -115,10 +114,8 @@ def verify(directory: Path) -> None:
     where large files are named by their hash. A directory without either is not verified. Once per process and file."""
     sums = directory / "SHA256SUMS"
     if sums.exists():
-        lines = [
-            re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line)
-            for line in sums.read_text(errors="replace").splitlines()
-        ]
+        text = sums.read_text(errors="replace")
+        lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line) for line in text.splitlines()]
         if not all(lines):
             raise ValueError(f"{sums} has a line that sha256sum does not write: write it anew, or delete it")
         wanted = {line[2]: line[1] for line in lines if line[2] != sums.name}

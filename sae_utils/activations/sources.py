@@ -12,15 +12,19 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from ..files import (
-    offline,
-)
+from ..files import offline
 from ..values import near
 from .corpus import BUILTIN
 
 BAD_SHARE = 0.05
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 HUB_SECONDS = 5
+
+
+ALLOWED = (
+    f"Allowed: {BUILTIN!r}, a {', '.join(SUFFIXES)} file, also compressed (.txt.gz), a directory of them, or a hub "
+)
+ALLOWED += "name owner/name[@revision]."
 
 
 def named(dataset) -> str:
@@ -38,20 +42,12 @@ def local_path(dataset) -> Path | None:
             return path
     except (OSError, RuntimeError) as error:  # a name too long, no permission, no home
         raise FileNotFoundError(f"dataset={dataset!r:.80}: {getattr(error, 'strerror', error)}. {ALLOWED}") from None
-    hint = similar(path)
+    reason = f" is no local path{similar(path)}, and HF_HUB_OFFLINE forbids the hub" if offline() else ""
     if kind_of(path)[0] in SUFFIXES or path.is_absolute() or dataset.startswith(".") or len(path.parts) != 2:
-        raise FileNotFoundError(f"dataset={dataset!r}: no such file or directory{hint}. {ALLOWED}")
-    if offline():
-        raise FileNotFoundError(
-            f"dataset={dataset!r} is no local path{hint}, and HF_HUB_OFFLINE forbids the hub. {ALLOWED}"
-        )
+        reason = f": no such file or directory{similar(path)}"
+    if reason:
+        raise FileNotFoundError(f"dataset={dataset!r}{reason}. {ALLOWED}")
     return None
-
-
-ALLOWED = (
-    f"Allowed: {BUILTIN!r}, a {', '.join(SUFFIXES)} file, also compressed (.txt.gz), a directory of them, or a hub name "
-    "owner/name[@revision]."
-)
 
 
 def similar(path) -> str:
@@ -154,9 +150,8 @@ def rows_of(file, name, text_field):
             for i, (number, line) in enumerate(full):
                 yield f"{name}:{i}", f"{file}, line {number}", lambda line=line: parsed(line)
     except (EOFError, OSError, ValueError, KeyError, zlib.error, lzma.LZMAError) as error:  # KeyError: two of a name
-        raise ValueError(
-            f"{file} cannot be read as {kind}{compression} ({error}): it is damaged or of another kind, mend or remove it"
-        ) from None
+        wrong = f"cannot be read as {kind}{compression} ({error})"
+        raise ValueError(f"{file} {wrong}: it is damaged or of another kind, mend or remove it") from None
 
 
 def skeleton(fields) -> dict:
@@ -205,16 +200,15 @@ def readable(rows, text_field, lost):
 
 def text_of(row, text_field: str) -> str:
     """The text of a row, "" for a null; ValueError says why there is none. See `text_field` of `tokens`."""
+    if not isinstance(row, dict | None):
+        raise ValueError(f"the row is a {type(row).__name__}, not an object with columns")
     value = row
-    for key in [text_field] if isinstance(row, dict) and text_field in row else text_field.split("."):
+    for key in [text_field] if text_field in (row or ()) else text_field.split("."):
         if value is None:
             return ""
         if not isinstance(value, dict) or key not in value:
-            if not isinstance(row, dict):
-                raise ValueError(f"the row is a {type(row).__name__}, not an object with columns")
-            raise ValueError(
-                f"no column {text_field!r}. The columns are {', '.join(columns_of(row)):.500}: choose one with text_field='...'"
-            )
+            there = f"The columns are {', '.join(columns_of(row)):.500}"
+            raise ValueError(f"no column {text_field!r}. {there}: choose one with text_field='...'")
         value = value[key]
     if isinstance(value, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
         value = "\n".join(content_of(message["content"]) for message in value)
@@ -233,10 +227,9 @@ def text_of(row, text_field: str) -> str:
 def content_of(content) -> str:
     """The text of a chat message, "" for one that only calls a tool; of a list of parts, that of the parts with text."""
     parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text") or "" for part in parts if isinstance(part, dict)]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str | None) for part in parts):
         raise ValueError(f"a message's content is {content!r:.80}: it has to be text, or a list of parts with 'text'")
-    return "".join(texts)
+    return "".join(part.get("text") or "" for part in parts)
 
 
 def columns_of(row: dict, above="") -> list[str]:
@@ -268,13 +261,10 @@ def find_on_hub(name: str, revision: str = "") -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    hint = similar(Path(name))
     try:
         HfApi().dataset_info(name, revision=revision or None, timeout=HUB_SECONDS)
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"dataset={name!r}: the hub gives no such data set{hint} ({reason:.200})") from None
     except Exception as error:  # of whatever library speaks HTTP
-        raise FileNotFoundError(
-            f"dataset={name!r} is no local path{hint}, and the hub is not reached ({error}). {ALLOWED}"
-        ) from None
+        reason = f"is no local path, and the hub is not reached ({error})"
+        if isinstance(error, (HfHubHTTPError, HFValidationError)):
+            reason = f"is no local path, and the hub gives no such data set ({' '.join(str(error).split()):.200})"
+        raise FileNotFoundError(f"dataset={name!r}{similar(Path(name))} {reason}. {ALLOWED}") from None
