@@ -45,15 +45,7 @@ class ActivationStore:
     """
 
     def __init__(
-        self,
-        lm,
-        rows: np.ndarray,
-        hook_names,
-        *,
-        dtype: str = "float16",
-        skip_first: bool = True,
-        batch_rows: int = 32,
-        gradients: bool = False,
+        self, lm, rows: np.ndarray, hook_names, *, dtype="float16", skip_first=True, batch_rows=32, gradients=False
     ):
         one_of("dtype", dtype, ["float16", "bfloat16"])
         names = [hook_names] if isinstance(hook_names, str) or not hasattr(hook_names, "__iter__") else hook_names
@@ -119,12 +111,7 @@ class ActivationStore:
                 tokens = self.tokens(slice(start, start + batch_rows))
                 for name, x in self.run(lm, tokens, hook_names).items():
                     stored = x.to(self.dtype_of(name))
-                    if not torch.isfinite(stored).all():
-                        i = int((~torch.isfinite(stored)).flatten(1).any(1).nonzero()[0])
-                        why = "is NaN or infinite in row {} of the tokens: the model overflows there, try it in float32"
-                        if torch.isfinite(x[i]).all():
-                            why = f"reaches {x[i].abs().max():.3g} in row {{}}, too large for {self.dtype}: use dtype='bfloat16'"
-                        raise FloatingPointError(f"{name} {why.format(start + i)}")
+                    check_finite(name, x, stored, start)
                     append[name](stored.cpu().view(torch.int16).numpy().view(np.uint16))
 
     def run(self, lm, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
@@ -192,6 +179,18 @@ class Batches:
             for i in range(start, self.n // self.batch_size):
                 yield self.take(np.sort(order[i * self.batch_size : (i + 1) * self.batch_size]))
             epoch, start = epoch + 1, 0
+
+
+def check_finite(name: str, x: Tensor, stored: Tensor, start: int) -> None:
+    """FloatingPointError for values that are not finite as they are stored: it names the hook and the row, and says why."""
+    bad = (~torch.isfinite(stored)).flatten(1).any(1)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        why = f"is NaN or infinite in row {start + i} of the tokens: the model overflows there, try it in float32"
+        if torch.isfinite(x[i]).all():
+            large = f"reaches {x[i].abs().max():.3g} in row {start + i}"
+            why = f"{large}, too large for {stored.dtype}: use dtype='bfloat16'"
+        raise FloatingPointError(f"{name} {why}")
 
 
 def token_rows(lm, rows) -> np.ndarray:
