@@ -138,7 +138,10 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     directory = model_path(model)
     check_files(Path(directory))
-    quiet_imports()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # no bars and no advice in notebooks; warnings and errors stay
+    logging.set_verbosity_error()
     tokenizer = load_tokenizer(Path(directory))
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM
@@ -209,11 +212,3 @@ def check_weights(model, loading: dict, directory: str) -> None:
     if unused := sorted(name for name in loading["unexpected_keys"] if name.endswith("weight")):  # not old masks
         found = f"{len(unused)} tensors of the weights have no place in config.json, such as {unused[0]}"
         warnings.warn(f"{directory}: {found}")
-
-
-def quiet_imports() -> None:
-    """Keep transformers' progress bars and advice out of notebooks; warnings and errors stay."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

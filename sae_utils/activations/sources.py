@@ -70,7 +70,7 @@ def open_zst(file, mode):
 
 
 def open_streams(new, file, mode):
-    """The text of all streams of a file, and of zeros between them. Python's own readers take a damaged later stream for the end."""
+    """What all streams of a file hold, with zeros between them or not. Python's own readers stop at a damaged later stream."""
     text, stream, rest = io.BytesIO(), new(), b""
     with open(file, mode) as f:
         while block := rest or f.read(1 << 20):
