@@ -10,7 +10,7 @@ def code_hash(*sources: str, length: int = 16) -> str:
     """Hash of what Python code does: of its syntax trees without docstrings, comments and layout.
 
     Notebook magics and shell commands (`%time f()`, `!ls`) become the calls that IPython makes of them. Code that is not
-    valid Python either way counts as it is written.
+    valid Python either way, or too deeply nested for it, counts as it is written.
     """
     return digest([meaning(source) for source in sources], length)
 
@@ -20,23 +20,24 @@ def meaning(source: str) -> str:
     """Python code written anew from its syntax tree without docstrings: equal for two sources that do the same by the same steps."""
     try:
         tree = parse(source)
-    except SyntaxError:
-        from IPython.core.inputtransformer2 import TransformerManager  # only where there are magics: it takes a while
-
-        try:
-            tree = parse(TransformerManager().transform_cell(source))
-        except SyntaxError:
-            return source
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                if ast.get_docstring(node, clean=False) is not None:
+                    node.body = node.body[1:] or [ast.Pass()]
+        return ast.unparse(tree)
+    except (SyntaxError, RecursionError):
+        return source
 
 
 def parse(source: str) -> ast.Module:
-    """The syntax tree of a module or of a notebook's cell, which may `await` outside of a function."""
-    return compile(source, "cell", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    """The syntax tree of a module or of a notebook's cell, which may hold magics, and `await` outside of a function."""
+    flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    try:
+        return compile(source, "cell", "exec", flags, dont_inherit=True)
+    except SyntaxError:
+        from IPython.core.inputtransformer2 import TransformerManager  # only where there are magics: it takes a while
+
+        return compile(TransformerManager().transform_cell(source), "cell", "exec", flags, dont_inherit=True)
 
 
 @functools.cache

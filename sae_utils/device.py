@@ -18,12 +18,11 @@ def resolve_device(device: str = "auto") -> str:
         wanted = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device={device!r} is no device of torch. {allowed}") from None
-    if wanted.type == "cuda" and (wanted.index or 0) >= n_gpus:
-        raise ValueError(f"device={device!r}: this torch sees {n_gpus or 'no'} CUDA GPU{'s' * (n_gpus > 1)}. {allowed}")
-    if wanted.type == "mps" and not mps:
-        raise ValueError(f"device={device!r}: this torch sees no Apple GPU. {allowed}")
-    if wanted.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device={device!r} cannot run a language model. {allowed}")
+    here = {"cpu": True, "mps": mps, "cuda": (wanted.index or 0) < n_gpus}
+    gpus = f"this torch sees {n_gpus or 'no'} CUDA GPU{'s' * (n_gpus > 1)}"
+    if not here.get(wanted.type):
+        reason = {"cuda": gpus, "mps": "this torch sees no Apple GPU"}.get(wanted.type, "it runs no language model")
+        raise ValueError(f"device={device!r}: {reason}. {allowed}")
     return str(wanted)
 
 

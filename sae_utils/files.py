@@ -29,10 +29,9 @@ UNFINISHED = ".unfinished"  # ends the name of a temporary directory
 JOURNAL = ".sae_utils.new"  # in a directory: new files on their way to their places
 MARK = b"sae_utils crc32:"  # at the end of an array's file, before the 4 bytes of its checksum
 N_TRAILER = len(MARK) + 4
-DISK = {
-    getattr(errno, name, None)
-    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO ENOTDIR EISDIR EEXIST ENAMETOOLONG".split()
-} - {None}
+FULL = {getattr(errno, name, errno.ENOSPC) for name in ("ENOSPC", "EDQUOT", "EFBIG")}  # Windows lacks some
+DISK = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+DISK |= {errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def cache_dir() -> Path:
@@ -51,21 +50,24 @@ def digest(obj, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def file_hash(*paths: Path, length: int = 64) -> str:
-    """SHA-256 over the bytes of the files, in the order given."""
-    sha = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                sha.update(block)
-    return sha.hexdigest()[:length]
+def file_hash(path, length: int = 64) -> str:
+    """SHA-256 over the bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:length]
 
 
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the file is damaged or not ours. Delete it.") from None
+        raise ValueError(f"{path} is not valid JSON ({error}): mend it, write it anew, or remove it") from None
+
+
+def read_table(path: Path) -> dict:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object: mend it, write it anew, or remove it")
+    return found
 
 
 @contextlib.contextmanager
@@ -128,6 +130,16 @@ def files_of(path: Path) -> list[Path]:
     return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
 
 
+@contextlib.contextmanager
+def allowed(*numbers: int):
+    """Pass over an OSError of these numbers."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in numbers:
+            raise
+
+
 def install(new: Path, directory: Path) -> None:
     """Give the files of directory `new` their places in `directory`.
 
@@ -136,11 +148,8 @@ def install(new: Path, directory: Path) -> None:
     """
     while new.exists():
         settle(directory)
-        try:
+        with allowed(errno.ENOTEMPTY, errno.EEXIST):  # those say that another process was quicker
             os.replace(new, directory / JOURNAL if directory.is_dir() else directory)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # those say that another process was quicker
-                raise
     settle(directory)
 
 
@@ -185,10 +194,10 @@ def disk_errors(path, need: int = 0, written: Path | None = None):
         if need := getattr(error, "need", need):
             needs = f"It needs {in_bytes(need)}, and "
         kind = type(error) if isinstance(error, OSError) else OSError
-        message = kind(
-            f"{path} cannot be written: {os.strerror(number)}. {needs}{in_bytes(free)} are free there. Make room, "
-            f"or choose another place: SAE_UTILS_CACHE is that of caches, SAE_UTILS_OUTPUT that of runs"
-        )
+        choose = "Make room, or choose" if number in FULL else "Choose"
+        advice = f"{choose} another place: SAE_UTILS_CACHE is that of caches, SAE_UTILS_OUTPUT that of runs"
+        why = f"{os.strerror(number)}. {needs}{in_bytes(free)} are free there. {advice}"
+        message = kind(f"{path} cannot be written: {why}")
         message.errno = number
         raise message from error
 
@@ -218,7 +227,9 @@ def array_writer(path, shape, dtype):
 
     try:
         with open(path, "wb") as file:
-            reserve(file, size)
+            if hasattr(os, "posix_fallocate"):
+                with allowed(errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    os.posix_fallocate(file.fileno(), 0, size)
             put(header.getvalue())
             yield lambda block: put(np.ascontiguousarray(block, dtype).reshape(-1).view(np.uint8))
             file.write(MARK + checksum.to_bytes(4, "little"))
@@ -227,16 +238,6 @@ def array_writer(path, shape, dtype):
     except OSError as error:
         error.need = size
         raise
-
-
-def reserve(file, n_bytes: int) -> None:
-    """Take the space for n bytes now, where the system can."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(file.fileno(), 0, n_bytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
 
 
 def open_array(path, mode="r") -> np.memmap:
@@ -290,10 +291,3 @@ def build_once(path, build) -> Path:
                 with replacing(path) as new:
                     build(new)
     return path
-
-
-def read_table(path: Path) -> dict:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object: the file is damaged or not ours. Delete it.")
-    return found

@@ -315,6 +315,42 @@ def test_a_damaged_compressed_file_is_refused_by_path(suffix, words, tmp_path):
             tokens(tmp_path / f"x.jsonl{suffix}", words, 4)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_every_stream_of_a_compressed_file_is_read_or_refused(suffix, tmp_path):
+    text = "".join(f"line {i}\n" for i in range(20_000))
+    first, second = (PACK[suffix](part.encode()) for part in (text[:700], text[700:]))
+    file = tmp_path / f"x.txt{suffix}"
+    padding = [b""] if suffix == ".zst" else [b"", bytes(4), bytes((1 << 20) + 4)]
+    for zeros in padding:
+        file.write_bytes(first + zeros + second + zeros)
+        assert dict(sources.read_local(file, "text")) == {file.name: text}
+    for damaged in (bytes([second[0] ^ 1]) + second[1:], second[:-9], b"more"):
+        file.write_bytes(first + damaged)
+        with pytest.raises(ValueError, match=f"{file.name} cannot be read as .txt{suffix} "):
+            list(sources.read_local(file, "text"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_text_with_zero_bytes_is_refused(encoding, words, tmp_path):
+    zero = "a".encode(encoding).index(0)
+    (tmp_path / "a.txt").write_text("a b c d e f g h", encoding=encoding)
+    with pytest.raises(ValueError, match=f"a.txt: byte {zero} is 0, as in UTF-16 or a file cut short"):
+        tokens(tmp_path / "a.txt", words, 4)
+    (tmp_path / "a.txt").write_bytes(b"a b c d e f g h" + bytes(5000))
+    with pytest.raises(ValueError, match="a.txt: byte 15 is 0"):
+        tokens(tmp_path / "a.txt", words, 4)
+
+
+def test_columns_of_one_name(tmp_path):
+    """Two of them are refused; a column "a.b" is told from the field b of a column "a"."""
+    column = pa.array(TEXTS)
+    pq.write_table(pa.Table.from_arrays([column, column], names=["text", "text"]), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="x.parquet cannot be read as .parquet .*exists 2 times"):
+        all_texts(str(tmp_path / "x.parquet"))
+    pq.write_table(pa.table({"a": [{"b": "no"}] * 40, "a.b": TEXTS}), tmp_path / "y.parquet")
+    assert sorted(all_texts(str(tmp_path / "y.parquet"), text_field="a.b")[0]) == sorted(TEXTS)
+
+
 def test_a_file_whose_name_is_not_utf8_is_read_and_named(words, tmp_path):
     lines = [json.dumps({"text": f"{text} a"}) for text in TEXTS] + ["{"]
     (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text("\n".join(lines))
@@ -452,6 +488,15 @@ def test_columns(rows_source):
         all_texts(rows_source([{"turns": [text]} for text in TEXTS], "lists"), text_field="turns")
 
 
+def test_messages_of_parts(rows_source):
+    """Text parts are read, others have none; a content of another kind is named."""
+    rows = [{"turns": [{"role": "user", "content": [{"type": "text", "text": t}, {"type": "image"}]}]} for t in TEXTS]
+    assert sorted(all_texts(rows_source(rows), text_field="turns")[0]) == sorted(TEXTS)
+    rows = [{"turns": [{"role": "user", "content": 3}]}] * 40
+    with pytest.raises(ValueError, match="a message's content is 3: it has to be text, or a list of parts with 'text'"):
+        all_texts(rows_source(rows, "numbers"), text_field="turns")
+
+
 def test_configurations_and_splits_of_the_hub(words, tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     for name in ("one", "two"):
@@ -556,6 +601,33 @@ def test_what_changes_the_rows_changes_the_cache(text):
     assert 26 in add(tokenizer=lower) and len(names) == 9
     Path(text).write_text("z y x w v u t s r q " * 20)
     assert add()[0, :3].tolist() == [26, 25, 24] and len(names) == 10
+
+
+@pytest.fixture
+def slow_tokenizer(tmp_path):
+    """A function that makes a tokenizer which is not of the `tokenizers` library, with merges of its own."""
+    from transformers import CTRLTokenizer
+
+    def make(merge, **settings):
+        vocabulary = ["<unk>", "</s>", "a@@", "b@@", "c", "ab@@", "bc", "ab@@c", "a@@bc"]
+        (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+        (tmp_path / "merges.txt").write_text(f"#version\n{merge}\n")
+        return CTRLTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt", eos_token="</s>", **settings)
+
+    return make
+
+
+def test_slow_tokenizers_of_one_vocabulary_are_told_apart(slow_tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("abc " * 100)
+    rows = [tokens(tmp_path / "text.txt", slow_tokenizer(merge), 4) for merge in ("a b", "b c</w>", "a b")]
+    assert rows[0].filename == rows[2].filename != rows[1].filename
+    assert rows[0][0].tolist() == [5, 4, 5, 4] and rows[1][0].tolist() == [2, 6, 2, 6]
+
+
+def test_a_text_that_spells_a_slow_tokenizers_end_does_not_end_there(slow_tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("abc </s> " * 100)
+    with pytest.warns(UserWarning, match="of the tokens are the tokenizer's token for unknown text"):
+        assert 1 not in tokens(tmp_path / "text.txt", slow_tokenizer("a b"), 4)
 
 
 def test_rows_of_other_rules_are_made_anew(words, text, monkeypatch):
@@ -689,7 +761,7 @@ def test_a_kill_while_building_leaves_nothing_that_loads(moment, words, text, ow
         ({"split": None}, ValueError, "split=None"),
         ({"text_field": None}, ValueError, "text_field=None"),
         ({"text_field": ["a"]}, ValueError, "text_field="),
-        ({"config": "en"}, ValueError, "config='en'"),
+        ({"config": "en"}, ValueError, r"config='en' \(dataset_config of a notebook\): "),
         ({"config": None}, ValueError, "config=None"),
         ({"tokenizer": None}, ValueError, "tokenizer=None is not a tokenizer: pass lm.tokenizer"),
         ({"tokenizer": "gpt2"}, ValueError, "tokenizer='gpt2' is not a tokenizer"),
@@ -782,6 +854,30 @@ def test_nothing_to_read(words, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The built-in corpus
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def characters_only(**settings):
+    """A BPE tokenizer of the 26 letters, without byte level."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<eos>", *LETTERS, "<unk>"])}
+    bpe = Tokenizer(BPE(vocabulary, [], **{name: "<unk>" for name in settings}))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", **settings)
+
+
+def test_text_that_the_tokenizer_drops_is_said(tmp_path):
+    """Of 9 characters of each, 5 documents have 9 that are known, 5 have none: 45 of 90; 5 ends more are tokens too."""
+    path = write_jsonl(tmp_path / "x.jsonl", ["abcdefghij"] * 5 + ["日本語日本語日本語日"] * 5)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="5 documents give no token: .*; the tokenizer drops 50% of the first"):
+            assert tokens(path, characters_only(), 5, deduplicate=False).size == 55
+    with pytest.warns(UserWarning, match="': 45% of the tokens are the tokenizer's token for unknown text"):
+        assert tokens(path, characters_only(unk_token="<unk>"), 5, deduplicate=False).size == 100
+    path = write_jsonl(tmp_path / "y.jsonl", ["日本語", "中文"] * 30)
+    with pytest.raises(ValueError, match="y.jsonl', split='train': the tokenizer makes no token of any document"):
+        tokens(path, characters_only(), 4, deduplicate=False)
 
 
 def test_the_manifest_is_unique_and_whole_here():

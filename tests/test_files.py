@@ -66,6 +66,11 @@ def test_cells_may_await_and_broken_code_counts_as_it_is_written():
     assert code_hash("x = (") != code_hash("x = ((") and meaning("x = (") == "x = ("
 
 
+def test_code_that_is_too_deep_counts_as_it_is_written():
+    source = "x = " + " + ".join(["1"] * 2000)
+    assert meaning(source) == source and code_hash(source) != code_hash(source + " + 1")
+
+
 def test_cells_are_told_apart():
     assert code_hash("a = 1", "b = 2") != code_hash("a = 1\nb = 2") != code_hash("b = 2", "a = 1")
 
@@ -313,6 +318,21 @@ def test_a_place_that_cannot_be_is_named(what, tmp_path, tiny_gpt2, monkeypatch)
     path = tmp_path / ("text" if what == "token rows" else "file") / "here"
     with pytest.raises(OSError, match=f"{tmp_path / 'file' / 'here'}.* cannot be written: .* free there"):
         WRITERS[what](path, tiny_gpt2)
+
+
+def test_only_a_full_disk_needs_room(tmp_path):
+    (tmp_path / "file").write_text("no directory")
+    for number, advice in ((errno.ENOSPC, "Make room, or choose another place"), (errno.EROFS, "Choose another place")):
+        with pytest.raises(OSError, match=f"are free there. {advice}"), replacing(tmp_path / "x"):
+            raise OSError(number, "no", str(tmp_path / "x"))
+    with pytest.raises(OSError, match="are free there. Choose another place"):
+        write_json(tmp_path / "file" / "x", [])
+
+
+def test_a_users_own_file_is_not_to_be_deleted(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not valid JSON .*: mend it"):
+        read_json(tmp_path / "config.json")
 
 
 def test_errors_that_are_not_of_the_disk_stay_as_they_are(tmp_path):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
+from helpers import word_tokenizer
 from safetensors.torch import load_file, save_file
 
 from sae_utils import ActivationStore, TopKSAE, evaluate, load_language_model, resolve_device
 from sae_utils.activations import model_files
 from sae_utils.activations.hooks import (
-    bits_per_byte,
     check_hook,
     run_prefix,
     run_spliced,
@@ -418,10 +418,6 @@ def test_token_loss_is_in_fp32_and_has_a_gradient():
     assert logits.grad[:, -1].abs().max() == 0
 
 
-def test_bits_per_byte_by_hand():
-    assert bits_per_byte(math.log(2) * 12, 4) == pytest.approx(3)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,6 +489,13 @@ def test_a_directory_goes_before_a_hub_name(name, model_directories, tmp_path, m
         ("./my_modle", r"no such directory \(did you mean 'my_model'\?\)"),
         ("runs/my_modle", r"no such directory \(did you mean 'my_model'\?\)"),
         ("file.txt", "it is a file, not a directory"),
+        ("a b", "model='a b': no such directory, and no hub model can have this name. Allowed"),
+        (" ", "no hub model can have this name"),
+        ("owner/na me", "no hub model can have this name"),
+        ("x\0y", "no hub model can have this name"),
+        ("@main", "no hub model can have this name"),
+        ("a" * 300, "model='aaa.*: File name too long. Allowed"),
+        ("~nobody_here/x", "model='~nobody_here/x': "),
     ],
 )
 def test_a_model_that_is_not_there(model, message, monkeypatch, tmp_path):
@@ -501,8 +504,9 @@ def test_a_model_that_is_not_there(model, message, monkeypatch, tmp_path):
     (tmp_path / "file.txt").touch()
     for directory in ("my_model", "runs/my_model"):
         (tmp_path / directory).mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=message):
-        load_language_model(model, device="cpu")
+    for use in [load_language_model] + [model_hash] * ("HF_HUB" not in message):
+        with pytest.raises(FileNotFoundError, match=message):
+            use(model)
 
 
 @pytest.mark.parametrize("model", [None, 3, "", ["python-lm"]])
@@ -704,6 +708,23 @@ def damage(directory, kind):
         (directory / "config.json").write_text("[]")
     elif kind == "family":
         (directory / "config.json").write_text('{"model_type": "gpt99"}')
+    elif kind == "empty tokenizer":
+        (directory / "tokenizer.json").write_text("{}")
+    elif kind == "list of settings":
+        (directory / "tokenizer_config.json").write_text("[]")
+    elif kind == "words without a tokenizer":  # transformers makes an empty one
+        (directory / "tokenizer.json").unlink()
+        (directory / "tokenizer_config.json").unlink()
+        (directory / "vocab.txt").write_text("one\ntwo\n")
+    elif kind == "activation":
+        config = directory / "config.json"
+        config.write_text(config.read_text().replace("gelu_new", "gelu_knew"))
+    elif kind.startswith("index"):
+        shard(directory)
+        weight_map = {"index": None, "index list": [1], "index null": {"a": None}, "index lists": {"a": [1]}}[kind]
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    elif kind == "sums of another encoding":
+        (directory / "SHA256SUMS").write_bytes(b"caf\xe9\n")
     elif kind == "missing shard":
         shard(directory)
         (directory / second).unlink()
@@ -749,6 +770,15 @@ def damage(directory, kind):
         ("config", r"model/config\.json is not valid JSON"),
         ("no settings", r"model/config\.json holds a list and no settings"),
         ("family", r"model='.*model': TransformerLens \S+ cannot run it \(family 'gpt99'; "),
+        ("empty tokenizer", r"no tokenizer in .*/model: save one there .* makes of tokenizer.json, .*: KeyError"),
+        ("list of settings", r"model/tokenizer_config\.json holds a list and no settings"),
+        ("words without a tokenizer", r"no tokenizer in .*/model: save one there .* makes of vocab\.txt: it is empty"),
+        ("activation", r"model: transformers cannot make a model of config\.json \(KeyError: .*gelu_knew"),
+        ("index", r"model\.safetensors\.index\.json has no weight_map from tensors to files"),
+        ("index list", r"model\.safetensors\.index\.json has no weight_map from tensors to files"),
+        ("index null", r"model\.safetensors\.index\.json has no weight_map from tensors to files"),
+        ("index lists", r"model\.safetensors\.index\.json has no weight_map from tensors to files"),
+        ("sums of another encoding", r"SHA256SUMS has a line that sha256sum does not write"),
         (
             "missing shard",
             r"model-00002-of-00002\.safetensors is missing, and model\.safetensors\.index\.json names it",
@@ -812,7 +842,29 @@ def test_weights_that_config_has_no_place_for_are_said(directory):
         load_language_model(str(directory), device="cpu")
 
 
+def test_special_tokens_that_the_tokenizer_does_not_have_are_not_invented(directory):
+    word_tokenizer([f"w{i}" for i in range(200)]).save_pretrained(directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_language_model(str(directory), device="cpu").tokenizer
+    assert tokenizer.eos_token_id is None and tokenizer.bos_token_id is None
+    assert tokenizer("w0 w1", add_special_tokens=False)["input_ids"] == [1, 2]
+
+
+def test_a_model_with_a_short_context_is_loaded(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"n_positions": 4}))
+    weights = load_file(directory / "model.safetensors")
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:4].clone()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    lm = load_language_model(str(directory), device="cpu")
+    check_hook(lm, HOOKS[0])
+    assert lm.cfg.n_ctx == 4
+
+
 def test_a_directory_without_config(tmp_path, monkeypatch):
+    (tmp_path / "config.json").mkdir()
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_language_model(str(tmp_path))
     monkeypatch.setattr(model_files, "ASSETS", tmp_path)

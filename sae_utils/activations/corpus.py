@@ -5,8 +5,8 @@ is the same bytes wherever it is read. The token rows that the chapters ask for 
 they do not depend on the packages.
 """
 
+import contextlib
 import functools
-import hashlib
 import sysconfig
 import warnings
 from pathlib import Path
@@ -30,25 +30,20 @@ def manifest_lines(manifest: Path) -> list[tuple[str, str]]:
 @functools.cache
 def left_out(manifest: Path, site: Path) -> list[str]:
     """Paths of the manifest that are missing from the site directory or differ there; looked up once."""
-    differ = []
-    for sha256, path in manifest_lines(manifest):
-        try:
-            content = (site / path).read_bytes()
-        except OSError:
-            content = b""
-        if hashlib.sha256(content).hexdigest() != sha256:
-            differ.append(path)
-    return differ
+
+    def found(path):
+        with contextlib.suppress(OSError):
+            return file_hash(site / path)
+
+    return [path for sha256, path in manifest_lines(manifest) if found(path) != sha256]
 
 
 def report_left_out() -> None:
     """Warn of the files of the built-in corpus that are left out."""
     if differ := left_out(MANIFEST, site_packages()):
-        warnings.warn(
-            f"{BUILTIN}: {len(differ)} files are missing or differ from the manifest and are left out (of "
-            f"{sorted({path.split('/')[0] for path in differ})}): install the exact versions of requirements.txt for the "
-            f"same corpus"
-        )
+        packages = sorted({path.split("/")[0] for path in differ})
+        why = f"{len(differ)} files are missing or differ from the manifest and are left out (of {packages})"
+        warnings.warn(f"{BUILTIN}: {why}: install the exact versions of requirements.txt for the same corpus")
 
 
 def builtin_hash() -> str:
@@ -60,8 +55,7 @@ def builtin_hash() -> str:
 def builtin_documents():
     """Yield (path, text) of the built-in corpus as its manifest lists it, without the files left out."""
     report_left_out()
-    site = site_packages()
-    missing = set(left_out(MANIFEST, site))
+    site, missing = site_packages(), set(left_out(MANIFEST, site_packages()))
     for _, path in manifest_lines(MANIFEST):
         if path not in missing:
             yield path, (site / path).read_bytes().decode()

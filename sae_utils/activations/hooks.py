@@ -7,7 +7,6 @@ are flattened to [batch, pos, d_in] on the way out and restored on the way in.
 import contextlib
 import difflib
 import functools
-import math
 import re
 import warnings
 
@@ -22,11 +21,10 @@ def check_name(lm, hook_name: str) -> None:
     if isinstance(hook_name, str) and hook_name in lm.hook_dict:
         return
     usual = [n for n in lm.hook_dict if re.search(r"hook_(resid_\w+|mlp_out|attn_out|z)$", n)]
-    nearest = difflib.get_close_matches(str(hook_name), usual, n=4, cutoff=0) or usual[:4]
-    raise ValueError(
-        f"hook_name={hook_name!r} is not a hook of this model, whose {lm.cfg.n_layers} layers are blocks.0 to "
-        f"blocks.{lm.cfg.n_layers - 1}. Near ones: {', '.join(nearest)}"
-    )
+    nearest = difflib.get_close_matches(str(hook_name), usual, n=4, cutoff=0)
+    layers = f"{lm.cfg.n_layers} layers are blocks.0 to blocks.{lm.cfg.n_layers - 1}"
+    near = f"Near ones: {', '.join(nearest)}"
+    raise ValueError(f"hook_name={hook_name!r} is not a hook of this model, whose {layers}. {near}")
 
 
 def check_hook(lm, hook_name: str) -> None:
@@ -49,16 +47,13 @@ def check_hook(lm, hook_name: str) -> None:
         other = x + (noise * (x.float().std() or 1)).to(x.dtype)
         whole = splice(lm, tokens, hook_name, lambda _: other)
         if not agree(splice(lm, tokens, hook_name, lambda x: x.clone()), clean) or torch.equal(whole, clean):
-            raise ValueError(
-                f"hook_name={hook_name!r}: what is put there does not reach the logits of this model as it should, so "
-                f"nothing can be measured there. Use another hook, such as blocks.0.hook_resid_post"
-            )
+            wrong = "what is put there does not reach the logits of this model as it should"
+            raise ValueError(f"hook_name={hook_name!r}: {wrong}. Use another hook, such as blocks.0.hook_resid_post")
         residual = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
-        n_idle = int(residual[1]) + (residual[2] == "post") if residual else 0
-        exact = not n_idle
-        if n_idle:  # some families do more with what a layer returns than hand it on, and end in an error
-            with contextlib.suppress(IndexError, TypeError, ValueError, RuntimeError, AttributeError):
-                exact = agree(splice(lm, tokens, hook_name, lambda _: other, (), n_idle), whole)
+        n_idle, exact = int(residual[1]) + (residual[2] == "post") if residual else 0, False
+        # some families do more with what a layer returns than hand it on, and end in an error
+        with contextlib.suppress(IndexError, TypeError, ValueError, RuntimeError, AttributeError):
+            exact = not n_idle or agree(splice(lm, tokens, hook_name, lambda _: other, (), n_idle), whole)
         if not exact:
             warnings.warn(f"{hook_name}: this model needs its early layers, so every splice there runs all of them")
     checked[hook_name] = n_idle if exact else 0
@@ -77,18 +72,15 @@ def agree(logits: Tensor, expected: Tensor) -> bool:
 
 def check_tokens(lm, tokens) -> None:
     """ValueError for token ids that are no [batch, n_ctx] of whole numbers, too long, or outside the model's vocabulary."""
-    whole = "int" in str(getattr(tokens, "dtype", ""))
-    if not whole or tokens.ndim != 2 or not min(tokens.shape):
+    if "int" not in str(getattr(tokens, "dtype", "")) or tokens.ndim != 2 or not min(tokens.shape):
         raise ValueError(f"tokens are {described(tokens)}: they have to be whole numbers [batch, n_ctx]")
     if tokens.shape[-1] > lm.cfg.n_ctx:
         raise ValueError(f"n_ctx={tokens.shape[-1]} is longer than the model's context of {lm.cfg.n_ctx} tokens")
     tokens = tokens.long() if isinstance(tokens, Tensor) else tokens  # torch has no minimum of some integer types
-    lowest, largest = int(tokens.min()), int(tokens.max())
-    if lowest < 0 or largest >= lm.cfg.d_vocab:
-        outside = lowest if lowest < 0 else largest
-        raise ValueError(
-            f"rows holds token {outside}, and the model's vocabulary has {lm.cfg.d_vocab}: another tokenizer's"
-        )
+    n = lm.cfg.d_vocab
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < n:
+            raise ValueError(f"rows holds token {token}, and the model's vocabulary has {n}: another tokenizer's")
 
 
 def described(value) -> str:
@@ -141,9 +133,8 @@ def splice(lm, tokens: Tensor, hook_name: str, replace, hooks=(), n_idle: int = 
         flat = activation.flatten(2)
         new = replace(flat) if callable(replace) else replace
         if not isinstance(new, Tensor) or new.shape != flat.shape:
-            raise ValueError(
-                f"the replacement at {hook_name} is {described(new)}: it has to be a tensor {list(flat.shape)}, as x there"
-            )
+            wanted = f"a tensor {list(flat.shape)}, as x there"
+            raise ValueError(f"the replacement at {hook_name} is {described(new)}: it has to be {wanted}")
         return new.to(activation).reshape(activation.shape).contiguous()  # some layers view it
 
     with idle(lm, n_idle):
@@ -190,10 +181,12 @@ def idle(lm, n_blocks: int):
     layers = [block.original_component for block in lm.blocks[:n_blocks]]
     own = [vars(layer).get("forward") for layer in layers]  # what TransformerLens has put in place of the class's own
     n_more = n_outputs(lm) - 1 if layers else 0
+
+    def hand_on(hidden_states, *args, **kwargs):
+        return hidden_states if n_more < 0 else (hidden_states, *[None] * n_more)
+
     for layer in layers:
-        layer.forward = lambda hidden_states, *args, **kwargs: (
-            hidden_states if n_more < 0 else (hidden_states, *[None] * n_more)
-        )
+        layer.forward = hand_on
     try:
         yield
     finally:
@@ -206,15 +199,10 @@ def idle(lm, n_blocks: int):
 def n_outputs(lm) -> int:
     """Length of the tuple that a Hugging Face layer returns, 0 for the bare residual stream: run to see, once per model."""
     if not hasattr(lm, "n_layer_outputs"):
-        seen = []
-        hook = lm.blocks[0].original_component.register_forward_hook(
-            lambda m, args, out: seen.append(len(out) if type(out) is tuple else 0)
-        )
-        try:
-            with torch.no_grad():
-                lm(torch.zeros(1, 1, dtype=torch.long, device=lm.cfg.device))
-        finally:
-            hook.remove()
+        seen, layer = [], lm.blocks[0].original_component
+        look = layer.register_forward_hook(lambda m, args, out: seen.append(len(out) if type(out) is tuple else 0))
+        with look, torch.no_grad():  # the hook is removed at the end
+            lm(torch.zeros(1, 1, dtype=torch.long, device=lm.cfg.device))
         lm.n_layer_outputs = seen[0]
     return lm.n_layer_outputs
 
@@ -223,8 +211,3 @@ def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy in nats of each next token, [batch, n_ctx − 1]; entry p is the loss of predicting token p + 1 at position p."""
     log_probs = logits[:, :-1].float().log_softmax(-1)
     return -log_probs.gather(-1, tokens[:, 1:, None].long()).squeeze(-1)
-
-
-def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Total nats of a text ÷ ln 2 ÷ its length in bytes."""
-    return nats / math.log(2) / n_bytes

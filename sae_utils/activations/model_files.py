@@ -10,9 +10,8 @@ from pathlib import Path
 from ..files import ASSETS, BUILTIN_MODEL, digest, file_hash, replacing
 from ..values import near
 
-TOKENIZERS = ["tokenizer.json", "vocab.*", "*.model", "*.tiktoken"]  # a tokenizer's words are in one of these
 MODEL_FILES = ["config.json", "*.safetensors", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
-MODEL_FILES += ["*.safetensors.index.json", "added_tokens.json", *TOKENIZERS[1:]]  # all that a result depends on
+MODEL_FILES += ["*.safetensors.index.json", "added_tokens.json", "vocab.*", "*.model", "*.tiktoken"]
 OTHER_WEIGHTS = ["pytorch_model*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf"]
 
 
@@ -29,16 +28,21 @@ def model_hash(model: str) -> str:
 def find_model(model: str) -> Path | None:
     """The directory of the built-in or a local model, or None for a name that only the hub can know; no network is asked.
 
-    Raises FileNotFoundError for a path that is not there, and for a bare word close to the built-in name or a directory here.
+    Raises FileNotFoundError for a path that is not there, for a name that no hub model can have, and for a bare word close to
+    the built-in name or a directory here.
     """
     if not isinstance(model, str | Path) or not str(model):
         raise ValueError(f"model={model!r}: it has to be {BUILTIN_MODEL!r}, a directory, or a hub name")
-    path = ASSETS / BUILTIN_MODEL if model == BUILTIN_MODEL else Path(model).expanduser()
+    try:
+        path = ASSETS / BUILTIN_MODEL if model == BUILTIN_MODEL else Path(model).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, no permission, no home
+        raise no_model(f"{model}"[:80], str(getattr(error, "strerror", error))) from None
     if model == BUILTIN_MODEL or path.is_dir():
-        if not (path / "config.json").exists():
+        if not (path / "config.json").is_file():
             raise no_model(model, f"no config.json in {path}; it has to be a Hugging Face directory")
         return path.resolve()
-    if path.exists():
+    if there:
         raise no_model(model, "it is a file, not a directory")
     beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
     bare = str(model) == path.name
@@ -47,14 +51,18 @@ def find_model(model: str) -> Path | None:
         raise no_model(model, f"no such directory{guess}")
     if guess and "@" not in path.name:
         raise no_model(model, f"no such directory{guess}; if you mean a model of the hub, name its organisation too")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(str(model).partition("@")[0])
+    except HFValidationError:
+        raise no_model(model, f"no such directory{guess}, and no hub model can have this name") from None
     return None
 
 
 def no_model(model, reason: str) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"model={model!r}: {reason}. Allowed: {BUILTIN_MODEL!r}, a Hugging Face directory, or a hub name such as "
-        f"'openai-community/gpt2'."
-    )
+    allowed = f"{BUILTIN_MODEL!r}, a Hugging Face directory, or a hub name such as 'openai-community/gpt2'"
+    return FileNotFoundError(f"model={model!r}: {reason}. Allowed: {allowed}.")
 
 
 def model_files(directory: Path) -> list[Path]:
@@ -69,23 +77,18 @@ def check_formats(directory: Path) -> None:
     Nothing else is ever read: other formats can run code, and no hash covers what code and adapters do.
     """
     if code := sorted(directory.glob("*.py")):
-        raise ValueError(
-            f"{directory} holds code ({code[0].name}), which is never run. If transformers itself has this family, remove the "
-            f"code; otherwise the model cannot be used here"
-        )
+        remedy = "Remove it if transformers itself has this family; otherwise the model cannot be used here"
+        raise ValueError(f"{directory} holds code ({code[0].name}), which is never run. {remedy}")
     if (directory / "adapter_config.json").exists():
-        raise ValueError(
-            f"{directory} holds an adapter. Merge it into its model first (PEFT's merge_and_unload) and save that"
-        )
+        raise ValueError(f"{directory} holds an adapter. Merge it into its model first (PEFT's merge_and_unload)")
     if any(directory.glob("model.safetensors*")):  # one file, or an index
         return
     other = [file for pattern in OTHER_WEIGHTS for file in sorted(directory.glob(pattern))]
     if other:
         torchs = other[0].name.startswith("pytorch_model")
         again = conversion(directory) if torchs else "Save it anew with the code that wrote it (save_pretrained)"
-        raise ValueError(
-            f"{directory}: its weights ({other[0].name}) are not safetensors, and nothing else is loaded. {again}"
-        )
+        found = f"its weights ({other[0].name}) are not safetensors, and nothing else is loaded"
+        raise ValueError(f"{directory}: {found}. {again}")
 
 
 def conversion(model) -> str:
@@ -111,7 +114,8 @@ def verify(directory: Path) -> None:
     where large files are named by their hash. A directory without either is not verified. Once per process and file."""
     sums = directory / "SHA256SUMS"
     if sums.exists():
-        lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line) for line in sums.read_text().splitlines()]
+        text = sums.read_text(errors="replace")
+        lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line) for line in text.splitlines()]
         if not all(lines):
             raise ValueError(f"{sums} has a line that sha256sum does not write: write it anew, or delete it")
         wanted = {line[2]: line[1] for line in lines if line[2] != sums.name}
@@ -123,10 +127,9 @@ def verify(directory: Path) -> None:
     for name, sha in wanted.items():
         file = directory / name
         if not file.exists() or hash_now(file, file.stat().st_mtime_ns, file.stat().st_size) != sha:
-            raise ValueError(
-                f"{file} is {'damaged: its bytes are not those' if file.exists() else 'missing: it is one'} that "
-                f"{sums if sums.exists() else 'its name in the hub cache'} names. Delete the model and fetch it again"
-            )
+            wrong = "damaged: its bytes are not those" if file.exists() else "missing: it is one"
+            names = sums if sums.exists() else "its name in the hub cache"
+            raise ValueError(f"{file} is {wrong} that {names} names. Delete the model and fetch it again")
 
 
 @functools.cache

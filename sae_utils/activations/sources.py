@@ -1,6 +1,7 @@
 """Where text comes from: local files of several kinds, and data sets of the hub, row by row."""
 
 import bz2
+import functools
 import gzip
 import io
 import itertools
@@ -11,15 +12,19 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from ..files import (
-    offline,
-)
+from ..files import offline
 from ..values import near
 from .corpus import BUILTIN
 
 BAD_SHARE = 0.05
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 HUB_SECONDS = 5
+
+
+ALLOWED = (
+    f"Allowed: {BUILTIN!r}, a {', '.join(SUFFIXES)} file, also compressed (.txt.gz), a directory of them, or a hub "
+)
+ALLOWED += "name owner/name[@revision]."
 
 
 def named(dataset) -> str:
@@ -37,20 +42,12 @@ def local_path(dataset) -> Path | None:
             return path
     except (OSError, RuntimeError) as error:  # a name too long, no permission, no home
         raise FileNotFoundError(f"dataset={dataset!r:.80}: {getattr(error, 'strerror', error)}. {ALLOWED}") from None
-    hint = similar(path)
+    reason = f" is no local path{similar(path)}, and HF_HUB_OFFLINE forbids the hub" if offline() else ""
     if kind_of(path)[0] in SUFFIXES or path.is_absolute() or dataset.startswith(".") or len(path.parts) != 2:
-        raise FileNotFoundError(f"dataset={dataset!r}: no such file or directory{hint}. {ALLOWED}")
-    if offline():
-        raise FileNotFoundError(
-            f"dataset={dataset!r} is no local path{hint}, and HF_HUB_OFFLINE forbids the hub. {ALLOWED}"
-        )
+        reason = f": no such file or directory{similar(path)}"
+    if reason:
+        raise FileNotFoundError(f"dataset={dataset!r}{reason}. {ALLOWED}")
     return None
-
-
-ALLOWED = (
-    f"Allowed: {BUILTIN!r}, a {', '.join(SUFFIXES)} file, also compressed (.txt.gz), a directory of them, or a hub name "
-    "owner/name[@revision]."
-)
 
 
 def similar(path) -> str:
@@ -72,7 +69,26 @@ def open_zst(file, mode):
     return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
 
 
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+def open_streams(new, file, mode):
+    """What all streams of a file hold, with zeros between them or not. Python's own readers stop at a damaged later stream."""
+    text, stream, rest = io.BytesIO(), new(), b""
+    with open(file, mode) as f:
+        while block := rest or f.read(1 << 20):
+            rest = b""
+            if stream.eof and (block := block.lstrip(b"\0")):
+                stream = new()
+            if block:
+                text.write(stream.decompress(block))
+                rest = stream.unused_data
+    if not stream.eof:
+        raise EOFError("a stream in it has no end")
+    text.seek(0)
+    return text
+
+
+COMPRESSED = {".gz": gzip.open, ".zst": open_zst}
+COMPRESSED[".bz2"] = functools.partial(open_streams, bz2.BZ2Decompressor)
+COMPRESSED[".xz"] = functools.partial(open_streams, lzma.LZMADecompressor)
 
 
 def local_files(path) -> tuple[list[Path], Counter]:
@@ -119,9 +135,8 @@ def rows_of(file, name, text_field):
                     yield name, file, lambda: columns
                     return
                 column = text_field if text_field in columns else text_field.split(".")[0]
-                values = itertools.chain.from_iterable(
-                    batch.column(0) for batch in table.iter_batches(columns=[column])
-                )
+                # by name, as "a.b" may be a column and also a field of a column
+                values = itertools.chain.from_iterable(b[column] for b in table.iter_batches(columns=[column]))
                 for i, value in enumerate(values):
                     yield f"{name}:{i}", f"{file}, row {i + 1}", lambda value=value: {column: value.as_py()}
             return
@@ -134,10 +149,9 @@ def rows_of(file, name, text_field):
             full = ((number, line) for number, line in enumerate(lines, 1) if line.strip(b" \t\xef\xbb\xbf"))
             for i, (number, line) in enumerate(full):
                 yield f"{name}:{i}", f"{file}, line {number}", lambda line=line: parsed(line)
-    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(
-            f"{file} cannot be read as {kind}{compression} ({error}): it is damaged or of another kind, mend or remove it"
-        ) from None
+    except (EOFError, OSError, ValueError, KeyError, zlib.error, lzma.LZMAError) as error:  # KeyError: two of a name
+        wrong = f"cannot be read as {kind}{compression} ({error})"
+        raise ValueError(f"{file} {wrong}: it is damaged or of another kind, mend or remove it") from None
 
 
 def skeleton(fields) -> dict:
@@ -149,6 +163,8 @@ def skeleton(fields) -> dict:
 
 def decoded(content: bytes) -> str:
     """UTF-8 text without its byte order mark; ValueError names the byte that is none."""
+    if (zero := content.find(b"\0")) >= 0:
+        raise ValueError(f"byte {zero:,} is 0, as in UTF-16 or a file cut short: save the text as UTF-8")
     try:
         return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -184,20 +200,18 @@ def readable(rows, text_field, lost):
 
 def text_of(row, text_field: str) -> str:
     """The text of a row, "" for a null; ValueError says why there is none. See `text_field` of `tokens`."""
+    if not isinstance(row, dict | None):
+        raise ValueError(f"the row is a {type(row).__name__}, not an object with columns")
     value = row
-    for key in [text_field] if isinstance(row, dict) and text_field in row else text_field.split("."):
+    for key in [text_field] if text_field in (row or ()) else text_field.split("."):
         if value is None:
             return ""
         if not isinstance(value, dict) or key not in value:
-            if not isinstance(row, dict):
-                raise ValueError(f"the row is a {type(row).__name__}, not an object with columns")
-            raise ValueError(
-                f"no column {text_field!r}. The columns are {', '.join(columns_of(row)):.500}: choose one with text_field='...'"
-            )
+            there = f"The columns are {', '.join(columns_of(row)):.500}"
+            raise ValueError(f"no column {text_field!r}. {there}: choose one with text_field='...'")
         value = value[key]
     if isinstance(value, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in value):
-        contents = [m["content"] or "" for m in value]  # a message that calls a tool may have none
-        value = "\n".join(contents) if all(isinstance(content, str) for content in contents) else value
+        value = "\n".join(content_of(message["content"]) for message in value)
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -208,6 +222,14 @@ def text_of(row, text_field: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"character {error.start:,} of {text_field!r} is half of a surrogate pair, not text") from None
     return value
+
+
+def content_of(content) -> str:
+    """The text of a chat message, "" for one that only calls a tool; of a list of parts, that of the parts with text."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str | None) for part in parts):
+        raise ValueError(f"a message's content is {content!r:.80}: it has to be text, or a list of parts with 'text'")
+    return "".join(part.get("text") or "" for part in parts)
 
 
 def columns_of(row: dict, above="") -> list[str]:
@@ -239,13 +261,10 @@ def find_on_hub(name: str, revision: str = "") -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    hint = similar(Path(name))
     try:
         HfApi().dataset_info(name, revision=revision or None, timeout=HUB_SECONDS)
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"dataset={name!r}: the hub gives no such data set{hint} ({reason:.200})") from None
     except Exception as error:  # of whatever library speaks HTTP
-        raise FileNotFoundError(
-            f"dataset={name!r} is no local path{hint}, and the hub is not reached ({error}). {ALLOWED}"
-        ) from None
+        reason = f"is no local path, and the hub is not reached ({error})"
+        if isinstance(error, (HfHubHTTPError, HFValidationError)):
+            reason = f"is no local path, and the hub gives no such data set ({' '.join(str(error).split()):.200})"
+        raise FileNotFoundError(f"dataset={name!r}{similar(Path(name))} {reason}. {ALLOWED}") from None

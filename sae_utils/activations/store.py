@@ -45,15 +45,7 @@ class ActivationStore:
     """
 
     def __init__(
-        self,
-        lm,
-        rows: np.ndarray,
-        hook_names,
-        *,
-        dtype: str = "float16",
-        skip_first: bool = True,
-        batch_rows: int = 32,
-        gradients: bool = False,
+        self, lm, rows: np.ndarray, hook_names, *, dtype="float16", skip_first=True, batch_rows=32, gradients=False
     ):
         one_of("dtype", dtype, ["float16", "bfloat16"])
         names = [hook_names] if isinstance(hook_names, str) or not hasattr(hook_names, "__iter__") else hook_names
@@ -86,8 +78,7 @@ class ActivationStore:
     def open(self, hook_name: str) -> Tensor:
         array = open_array(self.file(hook_name), mode="c")  # copy-on-write: torch knows no read-only tensors
         if array.dtype != np.uint16 or array.shape[:2] != self.rows.shape:
-            found = f"{array.dtype}{list(array.shape)}"
-            raise ValueError(f"{self.file(hook_name)} holds {found}, not uint16{[*self.rows.shape, 'd_in']}: delete it")
+            raise ValueError(f"{self.file(hook_name)} holds another array, {array.dtype}{list(array.shape)}: delete it")
         return torch.from_numpy(array.view(np.int16)).view(self.dtype_of(hook_name))
 
     def dtype_of(self, name: str) -> torch.dtype:
@@ -97,22 +88,20 @@ class ActivationStore:
         """Run the model over all rows and write one file a hook. No file is seen before it is whole."""
         wanted = [name.removesuffix(GRAD) for name in hook_names]
         first = run_prefix(lm, self.tokens(slice(0, 1)), wanted)
-        first = {name: first[hook] for name, hook in zip(hook_names, wanted)}
+        shapes = {name: (*self.rows.shape, first[hook].shape[-1]) for name, hook in zip(hook_names, wanted)}
         if hook_names[-1].endswith(GRAD):
             # logits and their gradients have to fit; on a CPU, into memory that is used again
             most = 1 << (23 if self.device.type == "cpu" else 25)
             batch_rows = max(1, min(batch_rows, most // (self.n_ctx * lm.cfg.d_vocab)))
-        shapes = {name: (*self.rows.shape, first[name].shape[-1]) for name in hook_names}
         need = sum(2 * int(np.prod(shape)) for shape in shapes.values())
         with disk_errors(self.path, need):
             self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         free = shutil.disk_usage(self.path).free
         if need > 0.95 * free:
-            raise OSError(
-                f"the activations of {', '.join(hook_names)} need {in_bytes(need)} and {self.path} has {in_bytes(free)} free: "
-                f"lower n_tokens, harvest fewer hooks, or set SAE_UTILS_CACHE to a larger disk"
-            )
+            room = f"need {in_bytes(need)} and {self.path} has {in_bytes(free)} free"
+            advice = "lower n_tokens, harvest fewer hooks, or set SAE_UTILS_CACHE to a larger disk"
+            raise OSError(f"the activations of {', '.join(hook_names)} {room}: {advice}")
         with contextlib.ExitStack() as stack:
             append = {}
             for name in hook_names:
@@ -122,8 +111,7 @@ class ActivationStore:
                 tokens = self.tokens(slice(start, start + batch_rows))
                 for name, x in self.run(lm, tokens, hook_names).items():
                     stored = x.to(self.dtype_of(name))
-                    if not torch.isfinite(stored).all():
-                        raise FloatingPointError(self.why_not_finite(name, x, start))
+                    check_finite(name, x, stored, start)
                     append[name](stored.cpu().view(torch.int16).numpy().view(np.uint16))
 
     def run(self, lm, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
@@ -132,18 +120,6 @@ class ActivationStore:
             return run_prefix(lm, tokens, names)
         found, grad = run_with_gradient(lm, tokens, names[:-1], names[-1].removesuffix(GRAD))
         return found | {names[-1]: grad}
-
-    def why_not_finite(self, name: str, x: Tensor, start: int) -> str:
-        i = int((~torch.isfinite(x.to(self.dtype_of(name)))).flatten(1).any(1).nonzero()[0])
-        if torch.isfinite(x[i]).all():
-            reason = (
-                f"reaches {x[i].abs().max():.3g} in row {start + i}, too large for {self.dtype}: use dtype='bfloat16'"
-            )
-        else:
-            reason = (
-                f"is NaN or infinite in row {start + i} of the tokens: the model overflows there, try it in float32"
-            )
-        return f"{name} {reason}"
 
     def tokens(self, rows) -> Tensor:
         return torch.from_numpy(self.rows[rows].astype(np.int64)).to(self.device)
@@ -156,34 +132,29 @@ class ActivationStore:
         """The activations numbered `entries` (0 … len − 1, sorted reads are fastest): x [batch, d_in] fp32, row, position, tokens."""
         row, position = np.divmod(numbers("entries", entries, len(self)), self.n_ctx - self.skip)
         position = position + self.skip
-        flat = torch.from_numpy(row * self.n_ctx + position)
-        batch = {name: m.view(-1, m.shape[-1]).index_select(0, flat) for name, m in self.maps.items()}
-        batch = {name: x.to(self.device).float() for name, x in batch.items()}
-        about = {"row": row, "position": position, "tokens": self.rows[row, position].astype(np.int64)}
-        batch |= {key: torch.from_numpy(value).to(self.device) for key, value in about.items()}
-        return self.named(batch)
+        flat = {name: x.flatten(0, 1) for name, x in self.maps.items()}
+        tokens = self.rows[row, position].astype(np.int64)
+        return self.read(flat, row * self.n_ctx + position, row=row, position=position, tokens=tokens)
 
     def take_rows(self, rows) -> dict[str, Tensor]:
         """Whole rows: x [n, n_ctx, d_in] fp32 (position 0 included), tokens [n, n_ctx], row [n], position [n_ctx]."""
         rows = numbers("rows", rows, len(self.rows))
-        index = torch.from_numpy(rows)
-        batch = {name: m.index_select(0, index).to(self.device).float() for name, m in self.maps.items()}
-        about = {"tokens": self.tokens(rows), "row": index, "position": torch.arange(self.n_ctx)}
-        batch |= {key: value.to(self.device) for key, value in about.items()}
-        return self.named(batch)
+        tokens = self.rows[rows].astype(np.int64)
+        return self.read(self.maps, rows, row=rows, position=np.arange(self.n_ctx), tokens=tokens)
 
-    def named(self, batch: dict) -> dict:
-        """The first hook's activation as `x`, its gradient, if stored, as `grad`."""
-        first = self.hook_names[0]
-        return {"x": batch[first]} | {"grad" if name == first + GRAD else name: v for name, v in batch.items()}
+    def read(self, maps: dict, index: np.ndarray, **about: np.ndarray) -> dict[str, Tensor]:
+        """A batch: entries of the maps, the first hook's as `x` too and its gradient as `grad`, and what is known about them."""
+        first, index = self.hook_names[0], torch.from_numpy(index)
+        batch = {name: x.index_select(0, index).to(self.device).float() for name, x in maps.items()}
+        batch = {"x": batch[first]} | {"grad" if name == first + GRAD else name: x for name, x in batch.items()}
+        return batch | {key: torch.from_numpy(value).to(self.device) for key, value in about.items()}
 
     def batches(self, batch_size: int, seed: int = 0, whole_rows: bool = False) -> "Batches":
         """Endless shuffled batches: of `batch_size` activations, or of `batch_size` whole rows."""
         n = len(self.rows) if flag("whole_rows", whole_rows) else len(self)
         if (batch_size := whole("batch_size", batch_size)) > n:
-            raise ValueError(
-                f"batch_size={batch_size}: this store holds {n:,} {'rows' if whole_rows else 'activations'}"
-            )
+            what = "rows" if whole_rows else "activations"
+            raise ValueError(f"batch_size={batch_size}: this store holds {n:,} {what}")
         return Batches(self.take_rows if whole_rows else self.take, n, batch_size, whole("seed", seed, least=0))
 
     def activations(self, n: int = 0) -> Tensor:
@@ -210,6 +181,18 @@ class Batches:
             epoch, start = epoch + 1, 0
 
 
+def check_finite(name: str, x: Tensor, stored: Tensor, start: int) -> None:
+    """FloatingPointError for values that are not finite as they are stored: it names the hook and the row, and says why."""
+    bad = (~torch.isfinite(stored)).flatten(1).any(1)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        why = f"is NaN or infinite in row {start + i} of the tokens: the model overflows there, try it in float32"
+        if torch.isfinite(x[i]).all():
+            large = f"reaches {x[i].abs().max():.3g} in row {start + i}"
+            why = f"{large}, too large for {stored.dtype}: use dtype='bfloat16'"
+        raise FloatingPointError(f"{name} {why}")
+
+
 def token_rows(lm, rows) -> np.ndarray:
     """Rows of tokens [n_rows, n_ctx], checked against the model, in the smallest type that holds them; ValueError if they are none."""
     try:
@@ -217,16 +200,9 @@ def token_rows(lm, rows) -> np.ndarray:
     except (ValueError, TypeError):
         raise ValueError("rows is no array: token rows are integers [n_rows, n_ctx], all rows of one length") from None
     if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "iu":
-        raise ValueError(
-            f"rows has shape {list(rows.shape)} and type {rows.dtype}: token rows are integers [n_rows, n_ctx], as `tokens` "
-            f"gives them"
-        )
+        found = f"rows has shape {list(rows.shape)} and type {rows.dtype}"
+        raise ValueError(f"{found}: token rows are integers [n_rows, n_ctx], as `tokens` gives them")
     check_tokens(lm, rows)
-    for token in (int(rows.min()), int(rows.max())):
-        if not 0 <= token < lm.cfg.d_vocab:
-            raise ValueError(
-                f"rows holds token {token}, and the model's vocabulary has {lm.cfg.d_vocab}: another tokenizer's"
-            )
     return rows.astype(np.uint16 if lm.cfg.d_vocab <= 1 << 16 else np.uint32, copy=False)
 
 

@@ -7,9 +7,9 @@ is cut in that order and proportion.
 Text is not lost in silence: `tokens` warns of what is left out, also when its rows come from the cache. That is
 - near-duplicates: more than half of such a document, by characters, stands in documents before it (see `marks`);
 - empty documents and nulls;
-- rows that cannot be read (broken JSON, no such column, no text, no UTF-8). A file or hub data set with more than
-  `BAD_SHARE` of them is refused;
-- files of other kinds, hidden files and folders, and linked folders.
+- rows that cannot be read (broken JSON, no such column, no text, no UTF-8). More than `BAD_SHARE` of them are refused;
+- files of other kinds, hidden files and folders, and linked folders;
+- text that the tokenizer drops or does not know.
 """
 
 import copy
@@ -17,23 +17,15 @@ import hashlib
 import itertools
 import json
 import shutil
+import tempfile
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
 from ..code import source_hashes
-from ..files import (
-    ASSETS,
-    BUILTIN_MODEL,
-    array_writer,
-    build_once,
-    cache_dir,
-    digest,
-    file_hash,
-    open_array,
-    replacing,
-)
+from ..files import ASSETS, BUILTIN_MODEL, array_writer, build_once, cache_dir, digest, file_hash, open_array, replacing
 from ..values import flag, one_of, whole
 from .corpus import BUILTIN, ROWS, builtin_documents, builtin_hash, report_left_out, shipped_rows
 from .sources import document_name, hub_rows, local_files, local_path, named, read_local, readable
@@ -44,6 +36,7 @@ SHIPPED += [(split, n_tokens, 16) for split in ("validation", "test") for n_toke
 SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}
 FEW_DOCUMENTS = 20
 CONTEXT = 60
+UNKNOWN_SHARE = 0.01  # of a text may be unknown to the tokenizer without a word
 
 
 def tokens(
@@ -80,13 +73,10 @@ def tokens(
     n_ctx, n_tokens, spread = whole("n_ctx", n_ctx, 2), whole("n_tokens", n_tokens, 0), whole("spread", spread)
     bos, deduplicate = flag("bos", bos), flag("deduplicate", deduplicate)
     if not all(hasattr(tokenizer, name) for name in ("eos_token_id", "get_vocab", "is_fast")):
-        raise ValueError(
-            f"tokenizer={tokenizer!r:.80} is not a tokenizer: pass lm.tokenizer, or transformers.AutoTokenizer.from_pretrained(name)"
-        )
+        remedy = "pass lm.tokenizer, or transformers.AutoTokenizer.from_pretrained(name)"
+        raise ValueError(f"tokenizer={tokenizer!r:.80} is not a tokenizer: {remedy}")
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no end-of-text token (eos_token), which joins documents: set tokenizer.eos_token"
-        )
+        raise ValueError("the tokenizer has no end-of-text token, which joins documents: set tokenizer.eos_token")
     if bos and tokenizer.bos_token_id is None:
         raise ValueError("bos=True, but the tokenizer has no bos_token")
     if not isinstance(text_field, str) or not text_field:
@@ -101,21 +91,22 @@ def tokens(
     spread = spread if n_tokens and not streamed else 1
     dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
     about = [tokenizer_hash(tokenizer), n_ctx, n_tokens, split, bos, spread]
-    path = cache_dir() / "tokens" / f"{digest([corpus, *about, text_field, deduplicate, rules()])}.npy"
-    note = path.with_suffix(".lost")
+    rules = [source_hashes()[f"activations/{module}.py"] for module in ("text", "sources", "corpus")]
+    path = cache_dir() / "tokens" / f"{digest([corpus, *about, text_field, deduplicate, rules])}.npy"
+    note, what = path.with_suffix(".lost"), f"dataset={dataset!r}, split={split!r}"
 
     def build(new):
-        lost = Counter(first="")
-        texts = documents(dataset, split, text_field, config, deduplicate, lost)
-        ids = token_stream(texts, tokenizer, lost)
+        lost = Counter()
+        ids = token_stream(documents(dataset, split, text_field, config, deduplicate, lost), tokenizer, lost)
         rows = pack(ids, n_ctx, n_rows, spread, tokenizer.bos_token_id if bos else None, dtype)
-        text = losses(lost)
+        if lost["characters"] and lost["tokens"] == lost["silent"]:
+            raise ValueError(f"{what}: the tokenizer makes no token of any document. Use that of a model of such text")
+        said = losses(lost)
         if not len(rows):
-            held = f"dataset={dataset!r}, split={split!r} holds {lost['tokens']} tokens"
-            raise ValueError(f"{held}: not one row of {n_ctx}{text and '; '}{text}")
-        if text:
+            raise ValueError(f"{what} holds {lost['tokens']} tokens: not one row of {n_ctx}{said and '; '}{said}")
+        if said:
             with replacing(note) as file:
-                file.write_text(text, encoding="utf-8", errors="backslashreplace")
+                file.write_text(said, encoding="utf-8", errors="backslashreplace")
         with array_writer(new, rows.shape, dtype) as append:
             append(rows)
 
@@ -128,14 +119,14 @@ def tokens(
     rows = open_array(path)
     if rows.ndim != 2 or rows.shape[1] != n_ctx or rows.dtype != dtype:
         raise ValueError(f"{path} holds {rows.dtype}{list(rows.shape)}, not {dtype.__name__}[rows, {n_ctx}]: delete it")
-    if lost := "; ".join(
-        filter(None, [note.read_text(encoding="utf-8", errors="replace") if note.exists() else "", unread(local)])
-    ):
-        warnings.warn(f"dataset={dataset!r}: {lost}")
+    said = [note.read_text(encoding="utf-8")] if note.exists() else []
+    if local and (others := local_files(local)[1]):
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
+        said.append(f"files and folders not read: {kinds}")
+    if said:
+        warnings.warn(f"dataset={dataset!r}: {'; '.join(said)}")
     if len(rows) < n_rows:
-        warnings.warn(
-            f"dataset={dataset!r}, split={split!r} has {rows.size:,} tokens, fewer than n_tokens={n_tokens:,}"
-        )
+        warnings.warn(f"{what} has {rows.size:,} tokens, fewer than n_tokens={n_tokens:,}")
     return rows
 
 
@@ -157,52 +148,61 @@ def pack(ids, n_ctx, n_rows, spread, bos, dtype) -> np.ndarray:
     return rows if bos is None else np.insert(rows, 0, bos, axis=1)
 
 
-def rules() -> list[str]:
-    """Hashes of the code that makes rows of text: rows that were made by other rules are made anew."""
-    return [source_hashes()[f"activations/{module}.py"] for module in ("text", "sources", "corpus")]
-
-
 def losses(lost) -> str:
-    """What `tokens` says about the documents left out, "" if there are none."""
+    """What `tokens` says about the text left out and unknown, "" if there is none."""
     about = lost["duplicate characters"] * lost["tokens"] // max(lost["characters"], 1)
     counts = {
-        f"near-duplicates, about {about:,} tokens (deduplicate=False keeps them)": lost["duplicates"],
+        f"near-duplicates, about {about:,} tokens (tokens(..., deduplicate=False) keeps them)": lost["duplicates"],
         "empty or null": lost["empty"],
         f"unreadable, the first in {lost['first']}": lost["bad"],
     }
     found = "; ".join(f"{n:,} {why}" for why, n in counts.items() if n)
-    return f"left out of {lost['documents'] + lost['bad']:,} documents: {found}" if found else ""
-
-
-def unread(path) -> str:
-    """What `tokens` says about the files of a local directory that are not read, "" if there are none."""
-    others = local_files(path)[1] if path else {}
-    found = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
-    return f"files and folders not read: {found}" if found else ""
+    said = [f"left out of {lost['documents'] + lost['bad']:,} documents: {found}"] if found else []
+    if lost["silent"]:
+        said.append(f"{lost['silent']:,} documents give no token: the tokenizer knows none of their characters")
+    if (share := lost["dropped"] / max(lost["looked at"], 1)) > UNKNOWN_SHARE:
+        said.append(f"the tokenizer drops {share:.0%} of the first documents' characters")
+    if (share := lost["unknown"] / max(lost["tokens"], 1)) > UNKNOWN_SHARE:
+        said.append(f"{share:.0%} of the tokens are the tokenizer's token for unknown text")
+    return "; ".join(said)
 
 
 def token_stream(texts, tokenizer, lost, batch=64):
-    """Token ids of the documents, a list each, ended by the end-of-text token; their characters and tokens are counted."""
+    """Token ids of the documents, a list each, ended by the end-of-text token; what becomes of their text is counted."""
     texts = iter(texts)
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
     if tokenizer.is_fast:  # a copy, as the tokenizer may be set to pad or truncate
         fast = copy.deepcopy(tokenizer.backend_tokenizer)
         fast.no_padding()
         fast.no_truncation()
         fast.encode_special_tokens = True  # a text that spells "<|endoftext|>" does not end there
     while group := list(itertools.islice(texts, batch)):
-        if tokenizer.is_fast:  # 40% less work than tokenizer(group), which also locates every token in the text
+        if tokenizer.is_fast:  # 40% less work than encode_batch, which also locates every token in the text
             ids = [encoding.ids for encoding in fast.encode_batch_fast(group, add_special_tokens=False)]
+            if not lost["characters"]:
+                starts = [text[:10_000] for text in group]
+                for text, encoding in zip(starts, fast.encode_batch(starts, add_special_tokens=False)):
+                    unseen = set(range(len(text))).difference(*(range(*place) for place in encoding.offsets))
+                    lost["dropped"] += sum(not text[i].isspace() for i in unseen)
+                    lost["looked at"] += len(text)
         else:
-            ids = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = tokenizer(group, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         lost["characters"] += sum(map(len, group))
         lost["tokens"] += sum(map(len, ids)) + len(ids)
+        lost["silent"] += sum(not document and not text.isspace() for document, text in zip(ids, group))
+        lost["unknown"] += sum(document.count(unknown) for document in ids)
         yield from ([*document, tokenizer.eos_token_id] for document in ids)
 
 
 def tokenizer_hash(tokenizer) -> str:
     """What identifies a tokenizer: all that makes tokens of text, and the special tokens that `tokens` adds."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
-    state |= dict.fromkeys(["truncation", "padding", "post_processor", "decoder"])
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state |= dict.fromkeys(["truncation", "padding", "post_processor", "decoder"])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            state = [type(tokenizer), *((file.name, file_hash(file)) for file in sorted(Path(folder).iterdir()))]
     return digest([state, tokenizer.eos_token_id, tokenizer.bos_token_id])
 
 
@@ -214,18 +214,18 @@ def documents(dataset, split, text_field="text", config="", deduplicate=True, lo
     dataset = named(dataset)
     if dataset == BUILTIN:
         yield from (text for name, text in builtin_documents() if split_of(name) == split)
-    elif (path := local_path(dataset)) is not None:
-        found = distinct(read_local(path, text_field, lost), deduplicate, lost)
-        texts = [text for _, text in sorted(found, key=lambda document: name_hash(document[0]))]
-        if not texts:
-            raise ValueError(f"dataset={dataset!r} holds no text: every document is empty (text_field={text_field!r})")
-        if len(texts) >= FEW_DOCUMENTS:
-            yield from part(texts, split)
-        else:
-            yield from filter(None, (part(text, split) for text in texts))
-    else:
-        found = distinct(readable(hub_rows(dataset, config), text_field, lost), deduplicate, lost)
+        return
+    path, lost = local_path(dataset), Counter() if lost is None else lost
+    found = read_local(path, text_field, lost) if path else readable(hub_rows(dataset, config), text_field, lost)
+    found = distinct(found, deduplicate, lost)
+    if not path:
         yield from (text for name, text in found if split_of(name) == split)
+        return
+    texts = [text for _, text in sorted(found, key=lambda document: name_hash(document[0]))]
+    if not texts:
+        raise ValueError(f"dataset={dataset!r} holds no text: every document is empty (text_field={text_field!r})")
+    whole_ones = len(texts) >= FEW_DOCUMENTS
+    yield from part(texts, split) if whole_ones else filter(None, (part(text, split) for text in texts))
 
 
 def corpus_hash(dataset, config="") -> str:
@@ -234,12 +234,11 @@ def corpus_hash(dataset, config="") -> str:
     dataset = named(dataset)
     path = None if dataset == BUILTIN else local_path(dataset)
     if not isinstance(config, str) or config and (path or dataset == BUILTIN):
-        raise ValueError(
-            f"config={config!r}: it has to be the name of a hub data set's configuration, '' for any other"
-        )
+        allowed = "the name of a hub data set's configuration, '' for any other data set"
+        raise ValueError(f"config={config!r} (dataset_config of a notebook): it has to be {allowed}")
     if dataset == BUILTIN:
         return builtin_hash()
-    if path is not None:
+    if path:
         return digest([(document_name(file, path), file_hash(file)) for file in local_files(path)[0]])
     return f"{dataset}:{config}" if config else dataset
 
@@ -265,20 +264,17 @@ def distinct(named, deduplicate=True, lost=None):
     seen, lost = set(), Counter() if lost is None else lost
     for name, text in named:
         lost["documents"] += 1
-        whole_text = text.strip()
-        if not whole_text:
+        bare = text.strip()
+        lines = marks(bare) if deduplicate else []
+        repeated = sum(length for length, mark in lines if mark in seen)
+        if not bare:
             lost["empty"] += 1
-            continue
-        if deduplicate:
-            lines = marks(whole_text)
-            repeated = sum(length for length, mark in lines if mark in seen)
-            if hash(whole_text) in seen or repeated > sum(length for length, _ in lines) / 2:
-                lost["duplicates"] += 1
-                lost["duplicate characters"] += len(text)
-                continue
-            seen.add(hash(whole_text))
-            seen.update(mark for _, mark in lines if mark is not None)
-        yield name, text
+        elif deduplicate and (hash(bare) in seen or repeated > sum(length for length, _ in lines) / 2):
+            lost["duplicates"] += 1
+            lost["duplicate characters"] += len(text)
+        else:
+            seen.update([hash(bare)], (mark for _, mark in lines if mark is not None))
+            yield name, text
 
 
 def marks(text: str) -> list[tuple[int, int | None]]:
