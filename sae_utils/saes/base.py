@@ -119,9 +119,16 @@ class SAE(nn.Module):
     def initialise(self, rows: Tensor) -> None:
         """Before the first step, from a batch [batch, d_in]: x_scale, and b_dec = mean of x; what is set is kept.
 
-        Raises ValueError if the tokens do not differ by more than rounding.
+        Raises ValueError if the tokens do not differ by more than rounding, or if the dtype cannot hold the sum of their squares.
         """
         if self.x_scale == 0:
+            exact, limits = scale_of(rows.double()).item(), torch.finfo(rows.dtype)
+            in_range = exact**2 * self.d_in >= limits.tiny and exact**2 * rows.numel() <= limits.max / 4
+            if 0 < exact < float("inf") and not in_range:
+                raise ValueError(
+                    f"x has a scale of {exact:.2g}, whose squares {rows.dtype} cannot hold: multiply it by {1 / exact:.0e}, or use a "
+                    f"float64 SAE"
+                )
             scale = scale_of(rows)
             if scale <= 1e-6 * rows.square().mean().sqrt() < float("inf"):
                 raise ValueError(
@@ -144,6 +151,15 @@ class SAE(nn.Module):
         if self.W_dec.grad is not None:
             for grad, row in zip(self.W_dec.grad.split(1024), self.W_dec.split(1024)):  # few enough to stay in cache
                 grad.addcmul_((grad * row).sum(1, keepdim=True), row, value=-1)
+
+
+def check_parameters(sae, name: str = "") -> None:
+    """ValueError if a parameter of an SAE holds NaN or infinity, as a training that went wrong leaves it."""
+    for key, p in sae.named_parameters() if isinstance(sae, SAE) else ():
+        if not torch.isfinite(p).all():
+            raise ValueError(
+                f"{key}{f' of {name!r}' if name else ''} holds NaN or infinite values: make the SAE anew, or load one that is whole"
+            )
 
 
 def scale_of(rows: Tensor) -> Tensor:

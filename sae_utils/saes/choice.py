@@ -115,6 +115,8 @@ class FeatureChoiceSAE(MutualChoiceSAE):
             raise ValueError(f"s={s!r}, q={q!r}: give both, exponent and offset of Zipf's law, or both None")
         s, q = (None if value is None else real(name, value, 0) for name, value in (("s", s), ("q", q)))
         warmup_tokens = None if warmup_tokens is None else whole("warmup_tokens", warmup_tokens, 0)
+        if s is None and self.d_sae < 3:
+            raise ValueError(f"d_sae={d_sae}: a fit of Zipf's law needs at least 3 latents, so give s and q")
         if s is None and warmup_tokens == 0:
             raise ValueError(
                 "warmup_tokens=0: without a warm-up there is nothing to fit Zipf's law to, so give s and q"

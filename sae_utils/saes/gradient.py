@@ -60,6 +60,8 @@ class GradientSAE(TopKSAE):
         weight = self.beta / scale.clamp_min(torch.finfo(scale.dtype).tiny)
         weights = self.W_enc, self.b_enc, self.b_dec
         values, active, total = gradient_encode(rows, *weights, self.k, g, self.W_dec, weight)
+        if not torch.isfinite(total):
+            raise FloatingPointError("grad is too large: the sum of |W_dec g| overflows. Divide grad by a constant")
         if self.training:
             self.gradient_scale.copy_(scale.lerp((total / n).to(scale.dtype), 0.01))
         return values, active
