@@ -24,16 +24,21 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 def as_batch(batch) -> dict:
     """The batch as a dict with a floating-point tensor x [..., d_in]; ValueError, saying what it is, for anything else.
 
-    A bare tensor or array is x, and so is the only member of a list, as `DataLoader(TensorDataset(x))` gives it.
+    A bare tensor or array is x, and so is the only member of a list, as `DataLoader(TensorDataset(x))` gives it. x and grad
+    may be NumPy arrays.
     """
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
         batch = batch[0]
     batch = batch if isinstance(batch, dict) else {"x": batch}
+    arrays = {key: v for key, v in batch.items() if isinstance(v, np.ndarray) and key in ("x", "grad")}
+    for key, array in arrays.items():
+        if array.dtype.name in FLOATS:
+            batch = batch | {key: torch.from_numpy(array.astype(np.promote_types(array.dtype, np.float32)))}
     x = batch.get("x")
-    if isinstance(x, np.ndarray) and x.dtype.name in FLOATS:
-        batch = batch | {"x": (x := torch.from_numpy(x.astype(np.promote_types(x.dtype, np.float32))))}
-    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim or not x.numel():
+    good = isinstance(x, Tensor) and x.is_floating_point() and x.ndim and x.numel() and x.layout == torch.strided
+    if not good:
         about = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+        about += f" in the layout {x.layout}" if getattr(x, "layout", torch.strided) != torch.strided else ""
         keys = f" (its keys are {', '.join(map(repr, batch))})" if x is None else ""
         raise ValueError(f"x of a batch is {about}{keys}: it has to be activations in floating point, [..., d_in]")
     return batch
