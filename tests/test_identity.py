@@ -247,6 +247,14 @@ def test_an_objective_that_keeps_state_cannot_be_resumed_and_says_so(make, tmp_p
         run({"a": (new(), make())}, data(), checkpoint=tmp_path / "training")
 
 
+def test_an_objective_may_hold_a_language_model(tiny_gpt2, tmp_path):
+    def objective(sae, batch):
+        return reconstruction_loss(sae, batch) if tiny_gpt2.cfg.d_model else None
+
+    for _ in range(2):
+        assert len(run(new(), data(), objective, checkpoint=tmp_path / "training")) == 6
+
+
 def test_an_objective_may_hold_the_sae_that_it_trains(tmp_path):
     def make():
         sae = new()

@@ -355,11 +355,11 @@ class Gain(TopKSAE):
 
     def __init__(self, d_in, d_sae, k, gain=1.0):
         super().__init__(d_in, d_sae, k)
-        self.gain = gain
+        self.factor = gain
 
     @property
     def arguments(self):
-        return super().arguments | {name: self.gain for name in self.said}
+        return super().arguments | {name: self.factor for name in self.said}
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,20 @@ def test_arguments_that_would_make_another_sae_are_refused_before_anything_is_wr
         save_sae(Gain(6, 20, 3, gain), tmp_path / "sae")
     assert not (tmp_path / "sae").exists()
     monkeypatch.setattr(Gain, "said", ("gain",))
-    assert load_sae(save_sae(Gain(6, 20, 3, 3.0), tmp_path / "sae")).gain == 3.0
+    assert load_sae(save_sae(Gain(6, 20, 3, 3.0), tmp_path / "sae")).factor == 3.0
+
+
+class ByName(TopKSAE):
+    """A subclass that hands on what it is called with, and keeps its own under the name of the argument."""
+
+    def __init__(self, *args, gain=1.0, **settings):
+        super().__init__(*args, **settings)
+        self.gain = gain
+
+
+def test_a_subclass_that_keeps_its_arguments_under_their_names_needs_no_more(tmp_path):
+    loaded = load_sae(save_sae(ByName(6, 20, k=3, gain=2.0), tmp_path / "sae"))
+    assert loaded.arguments == {"d_in": 6, "d_sae": 20, "k": 3, "gain": 2.0} and loaded.k == 3
 
 
 def test_what_cannot_be_saved_is_named(sae, tmp_path):

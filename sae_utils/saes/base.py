@@ -8,16 +8,13 @@ counters; in eval mode it uses the inference rule. An fp32 SAE computes in fp32.
 
 import contextlib
 import functools
+import inspect
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..sparse.select_encode import (
-    Active,
-    densify,
-    pre_activations,
-)
+from ..sparse.select_encode import Active, densify, pre_activations
 from ..values import whole
 
 HIGH_NORM = 5.0  # times the usual norm: beyond it a token does not count as ordinary (ours)
@@ -74,8 +71,16 @@ class SAE(nn.Module):
 
     @property
     def arguments(self) -> dict:
-        """What the class was called with: enough, with the state, to make it again."""
-        return {"d_in": self.d_in, "d_sae": self.d_sae}
+        """What the class was called with, from the attributes of the same names: enough, with the state, to make it again."""
+        names = []
+        for cls in type(self).__mro__:
+            if "__init__" in vars(cls):
+                parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+                named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+                names += [name for name in named if name not in names]
+                if len(named) == len(parameters):  # else the others go to the class above
+                    break
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.arguments.items())

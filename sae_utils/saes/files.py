@@ -30,12 +30,7 @@ WEIGHTS = {  # by SAELens architecture; an SAE of any other architecture is save
     "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
 }
-FOREIGN = {
-    "topk": lambda cfg: sae_utils.TopKSAE(cfg["d_in"], cfg["d_sae"], cfg.get("k", 100)),
-    "standard": lambda cfg: sae_utils.ReluSAE(cfg["d_in"], cfg["d_sae"]),
-    "jumprelu": lambda cfg: sae_utils.JumpReluSAE(cfg["d_in"], cfg["d_sae"]),
-    "gated": lambda cfg: sae_utils.GatedSAE(cfg["d_in"], cfg["d_sae"]),
-}
+FOREIGN = {"topk": "TopKSAE", "standard": "ReluSAE", "jumprelu": "JumpReluSAE", "gated": "GatedSAE"}
 CFG, TENSORS, STATE = "cfg.json", "sae_weights.safetensors", "sae_utils_state.safetensors"
 SAELENS_VERSION = "6.54.0"  # the format written
 
@@ -59,12 +54,12 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
     if not path.name:
         raise ValueError(f"path={str(path)!r} is no name of a directory for an SAE")
     is_sae = all((path / JOURNAL / name).exists() or (path / name).exists() for name in (CFG, TENSORS))
-    if (
-        path.exists()
-        and not is_sae
-        and not (path.is_dir() and all(p.name.endswith((UNFINISHED, JOURNAL)) for p in path.iterdir()))
-    ):
+    empty = path.is_dir() and all(p.name.endswith((UNFINISHED, JOURNAL)) for p in path.iterdir())
+    if path.exists() and not is_sae and not empty:
         raise ValueError(f"{path} exists and is no SAE directory: it is not overwritten")
+    if not isinstance(metadata or {}, dict):
+        raise ValueError(f"metadata={metadata!r:.100}: it has to be a dictionary of JSON values")
+    metadata = metadata or {}
     names = WEIGHTS.get(sae.architecture) or [name for name, _ in sae.named_parameters()]
     state = {key: value.detach().cpu().contiguous() for key, value in sae.state_dict().items()}
     cfg = {
@@ -75,22 +70,16 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        # [..., head, d_head] there, flat here
+        "reshape_activations": "hook_z" if str(metadata.get("hook_name", "")).endswith("hook_z") else "none",
     }
-    if not isinstance(metadata or {}, dict):
-        raise ValueError(f"metadata={metadata!r:.100}: it has to be a dictionary of JSON values")
-    if str((metadata or {}).get("hook_name", "")).endswith("hook_z"):  # [..., head, d_head] there, flat here
-        cfg["reshape_activations"] = "hook_z"
     if sae.architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    files = {
-        TENSORS: {key: state[key] for key in names},
-        STATE: {key: value for key, value in state.items() if key not in names},
-    }
+    files = {TENSORS: {key: state[key] for key in names}, STATE: {k: v for k, v in state.items() if k not in names}}
     ours = {"class": type(sae).__name__, "arguments": sae.arguments, "dead_after": sae.dead_after}
     if not type(sae).__module__.startswith("sae_utils."):
         ours["module"] = type(sae).__module__
-    cfg["metadata"] = {"sae_lens_version": SAELENS_VERSION, "prepend_bos": False, **(metadata or {}), "sae_utils": ours}
+    cfg["metadata"] = {"sae_lens_version": SAELENS_VERSION, "prepend_bos": False, **metadata, "sae_utils": ours}
     ours["sha256"] = {CFG: cfg_hash(cfg)} | {name: tensors_hash(tensors) for name, tensors in files.items()}
     try:
         text = json.dumps(cfg, indent=1, sort_keys=True) + "\n"
@@ -236,9 +225,7 @@ def foreign(cfg: dict):
     if (scaling := cfg.get("normalize_activations", "none")) != "none":
         fixed = scaling in ("expected_average_only_in", "covariance_whitening")
         way = (
-            "fold it into the weights in SAELens, then save"
-            if fixed
-            else "x is rescaled token by token, as no SAE here does"
+            "fold it into the weights in SAELens, then save" if fixed else "x is rescaled by token, as no SAE here does"
         )
         raise ValueError(f"normalize_activations={scaling!r}: {way}; only 'none' can be loaded")
     for key in ("activation_fn", "activation_fn_str"):  # of SAELens before 6
@@ -246,7 +233,8 @@ def foreign(cfg: dict):
             raise ValueError(
                 f"{key}={cfg[key]!r}, an option of SAELens before 6: open it with SAELens 6 and save it anew"
             )
-    return FOREIGN[cfg["architecture"]](cfg)
+    k = [cfg.get("k", 100)] if cfg["architecture"] == "topk" else []
+    return getattr(sae_utils, FOREIGN[cfg["architecture"]])(cfg["d_in"], cfg["d_sae"], *k)
 
 
 def fold(cfg: dict, state: dict) -> dict:

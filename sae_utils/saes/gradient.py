@@ -5,10 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..sparse.select_encode import (
-    Active,
-    gradient_encode,
-)
+from ..sparse.select_encode import Active, gradient_encode
 from ..values import real
 from .base import SAEOutput
 from .topk import TopKSAE
@@ -30,10 +27,6 @@ class GradientSAE(TopKSAE):
         super().__init__(d_in, d_sae, k)
         self.beta = real("beta", beta, 0)
         self.register_buffer("gradient_scale", torch.tensor(0.0))
-
-    @property
-    def arguments(self) -> dict:
-        return super().arguments | {"beta": self.beta}
 
     @property
     def needs_grad(self) -> bool:

@@ -74,14 +74,20 @@ def of(name: str) -> str:
 
 
 def settings_of(module: nn.Module) -> dict:
-    """What a module and those in it hold beside weights: classes, attributes, hooks, what is frozen, buffers not saved."""
+    """What a module and those in it hold beside weights: classes, attributes, hooks, what is frozen, buffers not saved.
+
+    Of modules of other packages, a language model's say, the numbers and texts among their attributes.
+    """
     found, saved = {}, module.state_dict()
     for place, part in module.named_modules():
         dot = f"{place}." if place else ""
         found[f"{dot}class"] = type(part) if place else None
+        own = type(part).__module__.startswith("sae_utils.") or not installed(type(part).__module__)
         for key, value in vars(part).items():
-            if key not in OF_MODULES:  # hooks are numbered through the process
-                found[dot + key] = list(value.values()) if "_hooks" in key else value
+            if "ward_" in key and "_hooks" in key:  # forward and backward, numbered through the process
+                found[dot + key] = list(value.values())
+            elif key not in OF_MODULES and "state_dict" not in key and (own or isinstance(value, PLAIN)):
+                found[dot + key] = value
     found |= {f"{key} is trained": p.requires_grad for key, p in module.named_parameters()}
     return found | {key: value for key, value in module.named_buffers() if key not in saved}
 

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -79,16 +79,20 @@ def train(
     latent, or none; if bf16 is not there; and if a few tokens of high norm (over 5 times the usual, as above) hold most of the
     variance of a batch: from then on each row has `fvu_ordinary`, the FVU of its last batch without them.
 
-    Raises FloatingPointError naming the batch if x or a loss is not finite (the checkpoint keeps the last good state);
-    ValueError for settings out of range, an objective that does not fit, a stream that is empty, of another width, without
-    variance or with a batch of one token, a damaged checkpoint or one of another training, which says what differs.
+    Raises FloatingPointError naming the batch if x, a loss or its gradient is not finite (the checkpoint keeps the last good
+    state); ValueError for settings out of range, an objective that does not fit, a stream that is empty, of another width or scale,
+    without variance or with a batch of one token, a damaged checkpoint or one of another training, which says what differs. With
+    a checkpoint also for what changes in an SAE or objective while it trains and is in no persistent buffer.
     """
     jobs = as_jobs(sae, objective)
     device = next(iter(jobs.values()))[0].W_dec.device
     asked = checked(n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_norm_above, batch_size, device)
+    flag("progress", progress)
     n_steps, log_every = asked.n_steps, max(1, asked.n_steps // 200)
     save_every = log_every * math.ceil(whole("checkpoint_every", checkpoint_every) / log_every)
-    if checkpoint is not None and (not isinstance(checkpoint, (str, os.PathLike)) or os.path.isdir(checkpoint)):
+    if checkpoint is not None and (
+        not isinstance(checkpoint, (str, os.PathLike)) or os.path.isdir(Path(checkpoint).expanduser())
+    ):
         raise ValueError(f"checkpoint={checkpoint!r}: it has to be the path of a file, or None")
     if checkpoint is not None:
         check_place(checkpoint := Path(checkpoint).expanduser())
@@ -103,7 +107,7 @@ def train(
         first = on_device(first, device)
         check_batch(jobs, first, 0, asked)
         if checkpoint:
-            unsure, parts = True, training_parts(jobs, first, asked._asdict())
+            unsure, parts = True, training_parts(jobs, first, vars(asked))
             if checkpoint.exists():
                 step, history, states = load_checkpoint(checkpoint, jobs, optimizers, parts)
                 if 0 < step < n_steps:
@@ -113,7 +117,7 @@ def train(
         scales = {name: sae.x_scale.item() for name, (sae, _) in jobs.items()}
         tokens = history[-1]["tokens"] if history else 0
         few_hold_most = any("fvu_ordinary" in row for row in history)
-        bar = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not flag("progress", progress))
+        bar = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not progress)
         for batch in itertools.islice(iterator, n_steps - step):
             batch = on_device(batch, device) | {"progress": step / n_steps}
             check_batch(jobs, batch, step, asked)
@@ -125,7 +129,7 @@ def train(
                 batch = without(batch, high_norm(x, *usual, asked.skip_norm_above))
                 check_batch(jobs, batch, step, asked, f" of {n_tokens} within skip_norm_above")
                 x = batch["x"]
-            factor = asked.factor(step)
+            factor = schedule(step, asked)
             for name, (sae, loss) in jobs.items():
                 if step in asked.resample:
                     resample_dead(sae, x, optimizers[name], torch.Generator().manual_seed(asked.seed * n_steps + step))
@@ -165,32 +169,8 @@ def train(
     return pd.DataFrame(history)
 
 
-class Settings(NamedTuple):
-    """What `train` is asked for, checked; all of it is part of a checkpoint's identity."""
-
-    n_steps: int
-    lr: float | None
-    seed: int
-    warmup: int
-    decay: float
-    clip: float
-    betas: tuple[float, float]
-    bf16: bool
-    resample: list[int]  # the steps at which dead latents begin anew
-    skip_norm_above: float | None
-    batch_size: int | None
-
-    def factor(self, step: int) -> float:
-        """The share of the peak rate at a step: warm-up, decay, and recovery from a resampling."""
-        left = (self.n_steps - step) / max(self.decay * self.n_steps, 1)
-        rise = (step + 1) / max(self.warmup, 1)
-        return min(1, rise, left) * recovery(step, self.resample, min(1000, self.n_steps // 20))
-
-
-def checked(
-    n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_norm_above, batch_size, device
-) -> Settings:
-    """The settings of `train`, each in its range; ValueError, naming it, for one that is not."""
+def checked(n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_norm_above, batch_size, device):
+    """The settings of `train`, each in its range, as a checkpoint knows them; ValueError, naming it, for one that is not."""
     n_steps, seed = whole("n_steps", n_steps), whole("seed", seed, 0, 2**32 - 1)
     lr = None if lr is None else real("lr", lr, above=0)
     warmup = min(1000, n_steps // 20) if warmup is None else whole("warmup", warmup, 0)
@@ -205,7 +185,14 @@ def checked(
     if flag("bf16", bf16) and not bf16_is_fast(device.type):
         warnings.warn(f"bf16=True: this {device.type} has no fast products in bfloat16, so fp32 is computed instead")
         bf16 = False
-    return Settings(n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_norm_above, batch_size)
+    settings = dict(n_steps=n_steps, lr=lr, seed=seed, warmup=warmup, decay=decay, clip=clip, betas=betas, bf16=bf16)
+    return SimpleNamespace(**settings, resample=resample, skip_norm_above=skip_norm_above, batch_size=batch_size)
+
+
+def schedule(step: int, asked) -> float:
+    """The share of the peak rate at a step: warm-up, decay, and recovery from a resampling."""
+    rise, left = (step + 1) / max(asked.warmup, 1), (asked.n_steps - step) / max(asked.decay * asked.n_steps, 1)
+    return min(1, rise, left) * recovery(step, asked.resample, min(1000, asked.n_steps // 20))
 
 
 def as_jobs(sae, objective) -> dict:
@@ -238,7 +225,7 @@ def as_jobs(sae, objective) -> dict:
     return jobs
 
 
-def check_batch(jobs: dict, batch: dict, step: int, asked: Settings, left: str = "") -> None:
+def check_batch(jobs: dict, batch: dict, step: int, asked, left: str = "") -> None:
     """ValueError if a batch does not do for these SAEs; `left` says of how many tokens it is what was left."""
     x, which = batch["x"], f"batch {step}" if step else "the first batch"
     if x.numel() <= x.shape[-1]:
@@ -261,7 +248,7 @@ def check_batch(jobs: dict, batch: dict, step: int, asked: Settings, left: str =
         )
 
 
-def begin(jobs: dict, x: Tensor, asked: Settings, anew: bool) -> tuple[Tensor, Tensor]:
+def begin(jobs: dict, x: Tensor, asked, anew: bool) -> tuple[Tensor, Tensor]:
     """Centre and usual norm of the first batch's tokens; when training begins anew, what SAEs take from that batch as well."""
     rows = without_first(x).flatten(0, -2)
     usual = typical(rows)
@@ -317,11 +304,8 @@ class Finite:
 
     def look(self) -> None:
         """FloatingPointError naming the first batch in which a value is not finite."""
-        finite = (
-            torch.isfinite(torch.stack([value.double() for value in self.waiting.values()])).tolist()
-            if self.waiting
-            else []
-        )
+        values = [value.double() for value in self.waiting.values()]
+        finite = torch.isfinite(torch.stack(values)).tolist() if values else []
         for (step, what), good in zip(self.waiting, finite):
             if not good:
                 kept = self.checkpoint and self.checkpoint.exists()
