@@ -121,9 +121,15 @@ def own_scratch(path: Path) -> tuple[Path, FileLock]:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what dead processes left half made in a directory: nobody holds the locks of those."""
-    for left in directory.glob(f".*{UNFINISHED}"):
-        with contextlib.suppress(OSError), FileLock(left / "lock", timeout=0):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in directory.glob(f".*.*{UNFINISHED}"):
+        if not re.fullmatch(rf"\..*\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}", left.name):
+            continue  # a user's own
+        with contextlib.suppress(OSError):
+            if not (left / "lock").exists():
+                left.rmdir()  # killed before it had a lock, so there is nothing in it
+                continue
+            with FileLock(left / "lock", timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -135,6 +135,17 @@ def test_the_next_save_removes_what_a_killed_one_left_and_only_that(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"begun", "go", "x.json", ".x.json.mine"}
 
 
+def test_hidden_directories_of_users_stay(tmp_path):
+    """Only what is named and locked as ours is, and empty ones of our name, go away."""
+    ours = ".x.json.0123abcd.unfinished"
+    for name in (".notes.unfinished", ".x.json.0123abcz.unfinished", ours):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").touch()
+    (tmp_path / ".y.json.0123abcd.unfinished").mkdir()
+    write_json(tmp_path / "x.json", 1)
+    assert {p.name for p in tmp_path.iterdir()} == {"x.json", ".notes.unfinished", ".x.json.0123abcz.unfinished", ours}
+
+
 def test_kills_at_any_moment(tmp_path):
     """Old or new, whole, and no leftovers after the next save: of an SAE, a checkpoint, a figure and an array built once."""
     sae = TopKSAE(32, 64, k=2)

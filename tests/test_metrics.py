@@ -260,3 +260,7 @@ def test_what_cannot_be_measured_is_named(tiny_gpt2, rows):
     for window in (0, 1.5, True):
         with pytest.raises(ValueError, match=f"window={window}"):
             alive_latents(sae, [torch.randn(50, 16)], window)
+    broken = TopKSAE(16, 64, k=4)
+    broken.W_enc.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="W_enc of 'a' holds NaN or infinite values"):
+        evaluate({"a": broken}, tiny_gpt2, rows, HOOK)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from sae_utils import GatedSAE, ReluSAE, train
+from sae_utils import GatedSAE, ReluSAE, TopKSAE, train
 from sae_utils.training.loop import on_coefficient, recovery
 from sae_utils.training.losses import gated_loss, jumprelu_loss, l1_loss
 from sae_utils.training.optimizer import Optimizer, resample_dead
@@ -110,6 +110,20 @@ def test_what_one_resampling_does(name, more):
     after = list(by_latent())
     resample_dead(sae, x, optimizer, torch.Generator())
     assert all(torch.equal(a, b) for (*_, a), (*_, b) in zip(after, by_latent())), "with none dead nothing happens"
+
+
+@pytest.mark.parametrize("shape", [(12,), (), (40, 3)])
+def test_parameters_of_a_subclass_are_left_alone(shape):
+    class Own(TopKSAE):
+        def __init__(self):
+            super().__init__(12, 12, k=1)
+            self.gain = torch.nn.Parameter(torch.ones(shape), requires_grad=False)
+
+    torch.manual_seed(0)
+    sae = Own()
+    sae.tokens_since_fired[::2] = sae.dead_after
+    resample_dead(sae, torch.randn(50, 12), Optimizer(sae, (0.9, 0.999)), torch.Generator())
+    assert (sae.gain == 1).all() and not sae.dead().any()
 
 
 def test_more_dead_than_inputs_and_nothing_alive():

@@ -1,3 +1,4 @@
+import gc
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from helpers import kill_me, killed, start_child
 from safetensors.torch import load_file, save_file
 
-from sae_utils import TopKSAE, files, load_sae, save_sae
+from sae_utils import FeatureChoiceSAE, TopKSAE, files, load_sae, save_sae
 from sae_utils.saes import files as store
 
 
@@ -345,6 +346,86 @@ def test_metadata_that_names_no_class(sae, tmp_path, ours):
     with pytest.raises(ValueError) as error:
         load_sae(path)
     assert str(path) in str(error.value)
+
+
+class Gain(TopKSAE):
+    """A subclass that scales its input, and says it or not."""
+
+    said = ("gain",)
+
+    def __init__(self, d_in, d_sae, k, gain=1.0):
+        super().__init__(d_in, d_sae, k)
+        self.factor = gain
+
+    @property
+    def arguments(self):
+        return super().arguments | {name: self.factor for name in self.said}
+
+
+@pytest.mark.parametrize(
+    "said, gain, match",
+    [
+        ((), 3.0, "Gain.arguments .*: 'gain' is missing"),
+        (("gain", "other"), 3.0, "Gain.arguments .*unexpected keyword argument 'other'"),
+        (("gain",), (3.0,), r"gain=\(3.0,\) does not come back from JSON"),
+        (("gain",), torch.tensor(3.0), "gain=tensor.* does not come back from JSON"),
+    ],
+)
+def test_arguments_that_would_make_another_sae_are_refused_before_anything_is_written(
+    said, gain, match, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Gain, "said", said)
+    with pytest.raises(ValueError, match=match):
+        save_sae(Gain(6, 20, 3, gain), tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
+    monkeypatch.setattr(Gain, "said", ("gain",))
+    assert load_sae(save_sae(Gain(6, 20, 3, 3.0), tmp_path / "sae")).factor == 3.0
+
+
+class ByName(TopKSAE):
+    """A subclass that hands on what it is called with, and keeps its own under the name of the argument."""
+
+    def __init__(self, *args, gain=1.0, **settings):
+        super().__init__(*args, **settings)
+        self.gain = gain
+
+
+def test_a_subclass_that_keeps_its_arguments_under_their_names_needs_no_more(tmp_path):
+    loaded = load_sae(save_sae(ByName(6, 20, k=3, gain=2.0), tmp_path / "sae"))
+    assert loaded.arguments == {"d_in": 6, "d_sae": 20, "k": 3, "gain": 2.0} and loaded.k == 3
+
+
+def test_what_cannot_be_saved_is_named(sae, tmp_path):
+    for wrong, metadata, match in [
+        (None, None, "sae is a NoneType: it has to be an SAE"),
+        ({"a": sae}, None, "sae is a dict: it has to be an SAE"),
+        (torch.nn.Sequential(sae), None, "sae is a Sequential: it has to be an SAE"),
+        (sae, "text", "metadata='text': it has to be a dictionary of JSON values"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            save_sae(wrong, tmp_path / "sae", metadata)
+    with pytest.raises(TypeError, match="metadata={'when': .*: it has to be a dictionary of JSON values"):
+        save_sae(sae, tmp_path / "sae", {"when": object()})
+    sae.W_dec.data[3, 1] = float("inf")
+    with pytest.raises(ValueError, match="W_dec holds NaN or infinite values"):
+        save_sae(sae, tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
+
+
+def test_every_tensor_keeps_its_dtype(sae, tmp_path):
+    sae.b_dec.data = sae.b_dec.data.double()
+    assert same(load_sae(save_sae(sae, tmp_path / "sae")), sae)
+    choice = FeatureChoiceSAE(6, 20, k=3)
+    choice.law.fill_(1 / 3)
+    assert same(load_sae(save_sae(choice, tmp_path / "choice")), choice)
+
+
+def test_a_class_of_the_same_name_does_not_take_the_place_of_ours(sae, tmp_path):
+    ours, own = save_sae(sae, tmp_path / "ours"), type("TopKSAE", (TopKSAE,), {"__module__": __name__})
+    theirs = save_sae(own(6, 20, 3), tmp_path / "theirs")
+    assert type(load_sae(ours)) is TopKSAE and type(load_sae(theirs)) is own
+    del own
+    gc.collect()
 
 
 def test_missing_files(sae, tmp_path):

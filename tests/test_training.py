@@ -1,5 +1,6 @@
 """The training loop: reproducible, resumable bit for bit, and clear about what stops it."""
 
+import contextlib
 import functools
 import itertools
 import os
@@ -11,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import exit_code, start_child
 from torch.utils.data import DataLoader, TensorDataset
 
 from sae_utils import (
@@ -106,7 +108,7 @@ def test_a_list_is_gone_through_again_and_an_empty_one_refused():
     x = torch.randn(3, 16, 8)
     first, iterator = stream(batches := list(x))
     assert first is batches[0]
-    after = itertools.islice(skip(batches, iterator, 2, torch.get_rng_state()), 5)
+    after = itertools.islice(skip(batches, iterator, 2), 5)
     assert [float(b[0, 0]) for b in after] == [float(x[i % 3, 0, 0]) for i in range(2, 7)]
     with pytest.raises(ValueError, match="batches is empty"):
         run(new_sae(), [])
@@ -191,6 +193,122 @@ def test_fine_tuning_keeps_the_sae():
     torch.testing.assert_close(fresh.b_dec, next(iter(Stream()))["x"].mean(0))
 
 
+def nan_gradient_at(step):
+    """An objective whose loss is finite and whose gradient is not: the root of 0."""
+
+    def objective(sae, batch):
+        terms = reconstruction_loss(sae, batch)
+        if round(batch["progress"] * 60) == step:
+            terms["loss"] = terms["loss"] + (0 * sae.W_enc[0]).abs().sum().sqrt()
+        return terms
+
+    return objective
+
+
+@pytest.mark.parametrize("step", [19, 33, 59])
+def test_a_gradient_that_is_not_finite_is_named_and_the_weights_stay_good(step, tmp_path):
+    sae = new_sae()
+    with pytest.raises(FloatingPointError, match=f"gradient of 'loss' of 'a' became NaN or infinite in batch {step}"):
+        run({"a": (sae, nan_gradient_at(step))}, Stream(), checkpoint=tmp_path / "training", checkpoint_every=20)
+    assert all(p.isfinite().all() for p in sae.parameters())
+
+
+@pytest.mark.parametrize("cls", [TopKSAE, ReluSAE, GatedSAE])
+def test_an_sae_that_is_not_finite_is_refused(cls):
+    sae = cls(8, 32)
+    sae.W_enc.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="W_enc of 'a' holds NaN or infinite values"):
+        run({"a": sae}, Stream())
+
+
+def test_tokens_are_counted_as_they_come(tmp_path):
+    batches = [torch.randn(n, 8) for n in (10, 30, 20)]
+    expected = list(np.cumsum([10, 30, 20, 10, 30, 20, 10, 30]))
+    for n_steps in (8, 8):
+        history = run(new_sae(), batches, n_steps=n_steps, checkpoint=tmp_path / "training")
+        assert history["tokens"].tolist() == expected
+    stopped = itertools.chain(batches, batches[:2])
+    settings = {"n_steps": 8, "checkpoint": tmp_path / "other", "checkpoint_every": 1}
+    with pytest.warns(UserWarning, match="ended after 5"):
+        run(new_sae(), stopped, **settings)
+    assert run(new_sae(), batches, **settings)["tokens"].tolist() == expected
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-30, 1e18, 1e25])
+def test_a_scale_whose_squares_have_no_place_is_refused_with_the_factor_that_helps(scale):
+    x = scale * torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"x has a scale of 1e[+-]?\d+, .*multiply it by 1e.* or use a float64 SAE"):
+        run(new_sae(), x)
+    histories = [run(new_sae().double(), y.double()) for y in (x, x.double() / scale)]
+    np.testing.assert_allclose(histories[0].to_numpy(), histories[1].to_numpy(), rtol=1e-4)
+
+
+def test_of_two_trainings_on_one_checkpoint_the_second_to_save_is_told(tmp_path):
+    class Meets(Stream):
+        def from_step(self, step):
+            for i, batch in enumerate(super().from_step(step)):
+                if i == 15:
+                    run(new_sae(seed=1), Stream(), n_steps=5, checkpoint=tmp_path / "training")
+                yield batch
+
+    with pytest.raises(ValueError, match="checkpoint of another training. Different: n_steps"):
+        run(new_sae(), Meets(), checkpoint=tmp_path / "training", checkpoint_every=20)
+    assert len(run(new_sae(seed=1), Stream(), n_steps=5, checkpoint=tmp_path / "training")) == 5
+
+
+def test_a_checkpoint_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run(new_sae(), Stream(), n_steps=2, checkpoint="~/training")
+    assert [p.name for p in tmp_path.iterdir()] == ["training"]
+
+
+def test_an_impossible_place_is_found_before_the_first_step(tmp_path):
+    (tmp_path / "file").touch()
+    for place, said in ((tmp_path / "file" / "training", "cannot be written"), (tmp_path / ("x" * 300), "too long")):
+        with pytest.raises(OSError, match=said):
+            run(new_sae(), Stream(stop_at=1), checkpoint=place)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another user can be tried by root only")
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path):
+    path = tmp_path / "training"
+    run(new_sae(), Stream(), n_steps=2, checkpoint=path)
+
+    def as_nobody():
+        for directory in (tmp_path, *tmp_path.parents):
+            with contextlib.suppress(OSError):
+                os.chmod(directory, 0o777)
+        os.chmod(path, 0)
+        os.setuid(65534)
+        with pytest.raises(PermissionError, match="training"):
+            run(new_sae(), Stream(), n_steps=2, checkpoint=path)
+
+    assert exit_code(start_child(as_nobody)) == 0
+
+
+def test_an_sae_may_be_named_as_you_like():
+    def broken(sae, batch):
+        terms = reconstruction_loss(sae, batch)
+        return terms | {"loss": terms["loss"] / (batch["progress"] < 0.5)}
+
+    with pytest.raises(FloatingPointError, match="'loss' of the objective of 'x' became NaN or infinite in batch 30"):
+        run({"x": (new_sae(), broken)}, Stream())
+
+
+def test_x_with_a_graph_under_no_grad_and_in_inference_mode():
+    weight = torch.ones(8, requires_grad=True)
+    plain, jobs = new_sae(), {"a": new_sae(), "b": new_sae(k=2)}
+    batches = [torch.randn(16, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    history = run(plain, batches)
+    run(jobs, [batch * weight for batch in batches])
+    assert same_bits(jobs["a"], plain) and weight.grad is None
+    for mode in (torch.no_grad, torch.inference_mode):
+        sae = new_sae()
+        with mode():
+            assert history.equals(run(sae, [batch.clone() for batch in batches]))
+
+
 def test_dead_after_is_a_tenth_of_the_run():
     sae = new_sae()
     run(sae, Stream())
@@ -243,6 +361,7 @@ def test_numbers_of_numpy_are_numbers():
 @pytest.mark.parametrize(
     "cls, bad",
     [
+        (FeatureChoiceSAE, {"k": 1, "d_sae": 2}),
         *((TopKSAE, {"k": value}) for value in (True, 4.0, "4", 0, 33)),
         *((MutualChoiceSAE, {"k": value}) for value in (True, 4.0, 0)),
         *((ReluSAE, {"d_in": value}) for value in (0, 8.0, True, None)),
@@ -484,6 +603,16 @@ def test_a_gradient_sae_without_gradients_is_refused():
         with pytest.raises(ValueError, match=r"GradientSAE selects by the gradient.*gradients=True"):
             train(job, plain, n_steps=2, progress=False)
     train(GradientSAE(16, 64, k=4, beta=0), plain, n_steps=2, progress=False)
+    with pytest.raises(ValueError, match="GradientSAE selects by the gradient, and batch 1 has no 'grad'"):
+        train(GradientSAE(16, 64, k=4), [planted()[0], plain[1]], n_steps=2, progress=False)
+    histories = []
+    for batches in (planted(), [{key: v.numpy() for key, v in batch.items()} for batch in planted()]):
+        torch.manual_seed(0)
+        histories.append(train(GradientSAE(16, 64, k=4), batches, n_steps=4, progress=False))
+    assert histories[0].equals(histories[1])
+    huge = [{"x": batch["x"], "grad": 1e36 * batch["grad"]} for batch in planted()]
+    with pytest.raises(FloatingPointError, match="grad is too large"):
+        train(GradientSAE(16, 64, k=4), huge, n_steps=4, progress=False)
 
 
 def test_jobs_in_the_forms_people_write_them():
@@ -500,6 +629,12 @@ def test_jobs_in_the_forms_people_write_them():
     ]:
         with pytest.raises(ValueError, match=match):
             run(jobs, Stream())
+    for objective in ("l1_loss", {"loss": 1}):
+        with pytest.raises(ValueError, match=f"objective={objective!r}: it has to be a function"):
+            run(new_sae(), Stream(), objective)
+    for sae in (new_sae().to("meta"), {"a": new_sae(), "b": new_sae().to("meta")}):
+        with pytest.raises(ValueError, match="the parameters are on .*meta: put all on one device"):
+            run(sae, Stream())
 
 
 @pytest.mark.parametrize(
@@ -547,6 +682,8 @@ def test_activations_in_one_piece_are_shuffled_in_every_form_alike(tmp_path, tin
     assert loader.equals(run(new_sae(), [part.numpy() for part in x[:448].split(64)]))
     same = [run(new_sae(d_in=16), batches) for batches in (store, store.batches(120))]
     assert same[0].equals(same[1])
+    with pytest.raises(ValueError, match="DataLoader over a store: give the store itself"):
+        run(new_sae(d_in=16), DataLoader(store, batch_size=32))
 
 
 @pytest.mark.parametrize("stop_at", [3, 33])
@@ -584,6 +721,8 @@ def test_training_on_an_array_is_resumed(stop_at, tmp_path):
         ([{"activations": torch.randn(50, 8)}], {}, "its keys are 'activations'"),
         (["ab"], {}, "x of a batch is a str"),
         ("x.npy", {}, "batches is a str"),
+        (torch.randn(50, 8).to_sparse(), {}, r"layout torch.sparse_coo: make it dense"),
+        ([torch.randn(50, 8).to_sparse()], {}, r"x of a batch is torch.float32\[50, 8\] in the layout"),
         (None, {}, "batches is a NoneType"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..activations.hooks import check_tokens, later_layers, run_prefix, run_spliced, token_loss
-from ..saes.base import high_norm, measuring, typical
+from ..saes.base import check_parameters, high_norm, measuring, typical
 from ..training.losses import as_batch
 from ..values import whole
 from .least_squares import Scores
@@ -87,6 +87,8 @@ def prepared(sae, lm, rows, batch_rows: int, least: int) -> tuple[dict, list[Ten
     saes = sae if isinstance(sae, dict) else {"": sae}
     if not saes or not all(callable(one) and not isinstance(one, type) for one in saes.values()):
         raise ValueError(f"sae is {sae!r:.100}: it has to be an SAE, or a dictionary {{name: sae}} of one SAE or more")
+    for name, one in saes.items():
+        check_parameters(one, name)
     try:
         rows = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
     except (TypeError, ValueError) as error:

@@ -8,16 +8,13 @@ counters; in eval mode it uses the inference rule. An fp32 SAE computes in fp32.
 
 import contextlib
 import functools
+import inspect
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..sparse.select_encode import (
-    Active,
-    densify,
-    pre_activations,
-)
+from ..sparse.select_encode import Active, densify, pre_activations
 from ..values import whole
 
 HIGH_NORM = 5.0  # times the usual norm: beyond it a token does not count as ordinary (ours)
@@ -74,8 +71,16 @@ class SAE(nn.Module):
 
     @property
     def arguments(self) -> dict:
-        """What the class was called with: enough, with the state, to make it again."""
-        return {"d_in": self.d_in, "d_sae": self.d_sae}
+        """What the class was called with, from the attributes of the same names: enough, with the state, to make it again."""
+        names = []
+        for cls in type(self).__mro__:
+            if "__init__" in vars(cls):
+                parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+                named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+                names += [name for name in named if name not in names]
+                if len(named) == len(parameters):  # else the others go to the class above
+                    break
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
@@ -119,9 +124,16 @@ class SAE(nn.Module):
     def initialise(self, rows: Tensor) -> None:
         """Before the first step, from a batch [batch, d_in]: x_scale, and b_dec = mean of x; what is set is kept.
 
-        Raises ValueError if the tokens do not differ by more than rounding.
+        Raises ValueError if the tokens do not differ by more than rounding, or if the dtype cannot hold the sum of their squares.
         """
         if self.x_scale == 0:
+            exact, limits = scale_of(rows.double()).item(), torch.finfo(rows.dtype)
+            in_range = exact**2 * self.d_in >= limits.tiny and exact**2 * rows.numel() <= limits.max / 4
+            if 0 < exact < float("inf") and not in_range:
+                raise ValueError(
+                    f"x has a scale of {exact:.2g}, whose squares {rows.dtype} cannot hold: multiply it by {1 / exact:.0e}, or use a "
+                    f"float64 SAE"
+                )
             scale = scale_of(rows)
             if scale <= 1e-6 * rows.square().mean().sqrt() < float("inf"):
                 raise ValueError(
@@ -144,6 +156,15 @@ class SAE(nn.Module):
         if self.W_dec.grad is not None:
             for grad, row in zip(self.W_dec.grad.split(1024), self.W_dec.split(1024)):  # few enough to stay in cache
                 grad.addcmul_((grad * row).sum(1, keepdim=True), row, value=-1)
+
+
+def check_parameters(sae, name: str = "") -> None:
+    """ValueError if a parameter of an SAE holds NaN or infinity, as a training that went wrong leaves it."""
+    for key, p in sae.named_parameters() if isinstance(sae, SAE) else ():
+        if not torch.isfinite(p).all():
+            raise ValueError(
+                f"{key}{f' of {name!r}' if name else ''} holds NaN or infinite values: make the SAE anew, or load one that is whole"
+            )
 
 
 def scale_of(rows: Tensor) -> Tensor:

@@ -39,10 +39,6 @@ class MutualChoiceSAE(ReluSAE):
         self.register_buffer("density", torch.zeros(d_sae))
         self.register_buffer("tokens_seen", torch.tensor(0))
 
-    @property
-    def arguments(self) -> dict:
-        return super().arguments | {"k": self.k}
-
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
         rows = self.rows(x)
         weights = self.W_enc, self.b_enc, self.b_dec
@@ -79,9 +75,7 @@ class MutualChoiceSAE(ReluSAE):
     def calibrate(self, x: Tensor) -> None:
         """Set θ so that on these activations [..., d_in] (held out, thousands of tokens) the budget is met exactly."""
         smallest = self.choose(self.rows(x))[2].to(self.threshold.dtype)
-        below = torch.nextafter(smallest, torch.full_like(smallest, -math.inf)).clamp_min(
-            0
-        )  # z > θ lets the smallest in
+        below = smallest.nextafter(torch.tensor(-math.inf).to(smallest)).clamp_min(0)  # z > θ lets the smallest in
         self.threshold.copy_(below.expand(self.d_sae))
 
 
@@ -115,6 +109,8 @@ class FeatureChoiceSAE(MutualChoiceSAE):
             raise ValueError(f"s={s!r}, q={q!r}: give both, exponent and offset of Zipf's law, or both None")
         s, q = (None if value is None else real(name, value, 0) for name, value in (("s", s), ("q", q)))
         warmup_tokens = None if warmup_tokens is None else whole("warmup_tokens", warmup_tokens, 0)
+        if s is None and self.d_sae < 3:
+            raise ValueError(f"d_sae={d_sae}: a fit of Zipf's law needs at least 3 latents, so give s and q")
         if s is None and warmup_tokens == 0:
             raise ValueError(
                 "warmup_tokens=0: without a warm-up there is nothing to fit Zipf's law to, so give s and q"
@@ -123,10 +119,6 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         self.register_buffer("law", torch.zeros(2, dtype=torch.double))
         self.register_buffer("quota", torch.zeros(d_sae, dtype=torch.long))
         self.register_buffer("warm", torch.tensor(True))
-
-    @property
-    def arguments(self) -> dict:
-        return super().arguments | {"s": self.s, "q": self.q, "warmup_tokens": self.warmup_tokens}
 
     def choose(self, rows: Tensor) -> tuple[Tensor, Active, Tensor]:
         if self.training:

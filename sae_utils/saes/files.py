@@ -7,6 +7,7 @@ the very class back, bit for bit. It also holds a checksum of each file. No pick
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import time
@@ -21,7 +22,7 @@ import sae_utils
 
 from ..device import resolve_device
 from ..files import JOURNAL, UNFINISHED, current, digest, read_json, replacing, settle
-from .base import SAE
+from .base import SAE, check_parameters
 
 WEIGHTS = {  # by SAELens architecture; an SAE of any other architecture is saved with all its parameters, and SAELens refuses it
     "topk": ("W_enc", "b_enc", "W_dec", "b_dec"),
@@ -29,12 +30,7 @@ WEIGHTS = {  # by SAELens architecture; an SAE of any other architecture is save
     "jumprelu": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
     "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
 }
-FOREIGN = {
-    "topk": lambda cfg: sae_utils.TopKSAE(cfg["d_in"], cfg["d_sae"], cfg.get("k", 100)),
-    "standard": lambda cfg: sae_utils.ReluSAE(cfg["d_in"], cfg["d_sae"]),
-    "jumprelu": lambda cfg: sae_utils.JumpReluSAE(cfg["d_in"], cfg["d_sae"]),
-    "gated": lambda cfg: sae_utils.GatedSAE(cfg["d_in"], cfg["d_sae"]),
-}
+FOREIGN = {"topk": "TopKSAE", "standard": "ReluSAE", "jumprelu": "JumpReluSAE", "gated": "GatedSAE"}
 CFG, TENSORS, STATE = "cfg.json", "sae_weights.safetensors", "sae_utils_state.safetensors"
 SAELENS_VERSION = "6.54.0"  # the format written
 
@@ -47,19 +43,23 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
 
     metadata: JSON values about its making; SAELens reads model_name, hook_name, context_size, prepend_bos and dataset_path.
 
-    Raises ValueError if `path` is no name of a directory, or something that is no SAE is there; OSError if the disk cannot
-    hold it.
+    Raises ValueError if `path` is no name of a directory, or something that is no SAE is there; if a parameter is not finite; if
+    `sae.arguments` do not make the SAE again; if metadata are no JSON values. OSError if the disk cannot hold it.
     """
+    if not isinstance(sae, SAE):
+        raise ValueError(f"sae is a {type(sae).__name__}: it has to be an SAE, not a module around one")
+    check_parameters(sae)
+    check_arguments(sae)
     path = Path(path).expanduser()
     if not path.name:
         raise ValueError(f"path={str(path)!r} is no name of a directory for an SAE")
     is_sae = all((path / JOURNAL / name).exists() or (path / name).exists() for name in (CFG, TENSORS))
-    if (
-        path.exists()
-        and not is_sae
-        and not (path.is_dir() and all(p.name.endswith((UNFINISHED, JOURNAL)) for p in path.iterdir()))
-    ):
+    empty = path.is_dir() and all(p.name.endswith((UNFINISHED, JOURNAL)) for p in path.iterdir())
+    if path.exists() and not is_sae and not empty:
         raise ValueError(f"{path} exists and is no SAE directory: it is not overwritten")
+    if not isinstance(metadata or {}, dict):
+        raise ValueError(f"metadata={metadata!r:.100}: it has to be a dictionary of JSON values")
+    metadata = metadata or {}
     names = WEIGHTS.get(sae.architecture) or [name for name, _ in sae.named_parameters()]
     state = {key: value.detach().cpu().contiguous() for key, value in sae.state_dict().items()}
     cfg = {
@@ -70,20 +70,21 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        # [..., head, d_head] there, flat here
+        "reshape_activations": "hook_z" if str(metadata.get("hook_name", "")).endswith("hook_z") else "none",
     }
-    if str((metadata or {}).get("hook_name", "")).endswith("hook_z"):  # [..., head, d_head] there, flat here
-        cfg["reshape_activations"] = "hook_z"
     if sae.architecture == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    files = {
-        TENSORS: {key: state[key] for key in names},
-        STATE: {key: value for key, value in state.items() if key not in names},
-    }
+    files = {TENSORS: {key: state[key] for key in names}, STATE: {k: v for k, v in state.items() if k not in names}}
     ours = {"class": type(sae).__name__, "arguments": sae.arguments, "dead_after": sae.dead_after}
-    cfg["metadata"] = {"sae_lens_version": SAELENS_VERSION, "prepend_bos": False, **(metadata or {}), "sae_utils": ours}
+    if not type(sae).__module__.startswith("sae_utils."):
+        ours["module"] = type(sae).__module__
+    cfg["metadata"] = {"sae_lens_version": SAELENS_VERSION, "prepend_bos": False, **metadata, "sae_utils": ours}
     ours["sha256"] = {CFG: cfg_hash(cfg)} | {name: tensors_hash(tensors) for name, tensors in files.items()}
-    text = json.dumps(cfg, indent=1, sort_keys=True) + "\n"
+    try:
+        text = json.dumps(cfg, indent=1, sort_keys=True) + "\n"
+    except TypeError as error:
+        raise TypeError(f"metadata={metadata!r:.100}: it has to be a dictionary of JSON values, and {error}") from None
     with replacing(path, len(text) + sum(value.nbytes for value in state.values())) as new:
         new.mkdir()
         for name, tensors in files.items():
@@ -130,9 +131,11 @@ def read_sae(path: Path):
                 raise ValueError(f"{STATE} is missing")
             if "sha256" in ours:
                 check_hashes(path, cfg, tensors)
-            sae = class_named(ours["class"])(**ours["arguments"])
+            sae = class_named(ours["class"], ours.get("module"))(**ours["arguments"])
             sae.dead_after = ours.get("dead_after", sae.dead_after)
             state = tensors[TENSORS] | tensors[STATE]
+            for key, value in sae.state_dict(keep_vars=True).items():
+                value.data = value.data.to(state[key].dtype)
         elif STATE in tensors and not by_saelens:
             raise ValueError(f"{CFG} names no class, so it is damaged; if SAELens wrote it, delete {STATE} beside it")
         else:
@@ -140,7 +143,8 @@ def read_sae(path: Path):
             if set(state) != set(names := WEIGHTS[cfg["architecture"]]):
                 raise ValueError(f"it holds the tensors {', '.join(sorted(state))}, not {', '.join(names)}")
             state = dict(sae.state_dict(), **fold(cfg, state), initialised=torch.tensor(True))
-        sae.to(getattr(torch, cfg["dtype"].removeprefix("torch."))).load_state_dict(state)
+            sae.to(getattr(torch, cfg["dtype"].removeprefix("torch.")))
+        sae.load_state_dict(state)
     except KeyError as error:
         raise ValueError(f"{path} is not a whole SAE directory: {error} is missing") from None
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
@@ -180,17 +184,38 @@ def tensors_hash(tensors: dict, about: str = "") -> str:
     return sha.hexdigest()
 
 
-def class_named(name: str) -> type:
-    """The SAE class of this name, here or wherever one was defined; ValueError if there is none (yet)."""
+def check_arguments(sae) -> None:
+    """ValueError if the class could not be made again from `sae.arguments`, or would be another SAE."""
+    cls, arguments = type(sae), sae.arguments
+    names = [
+        name for name, p in inspect.signature(cls).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    about = f"{cls.__name__}.arguments has to hold what the class is called with, so that load_sae can make it again"
+    for name in names:
+        if name not in arguments:
+            raise ValueError(f"{about}: {name!r} is missing")
+    try:
+        inspect.signature(cls).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{about}: {error}") from None
+    for name, value in arguments.items():
+        with contextlib.suppress(TypeError, ValueError):
+            if json.loads(json.dumps(value)) == value:
+                continue
+        raise ValueError(f"{about}: {name}={value!r:.100} does not come back from JSON as it is")
+
+
+def class_named(name: str, module: str | None) -> type:
+    """The SAE class of this name: ours without a module, else that of the module, else the one defined last anywhere."""
+    if module is None and name in sae_utils.__all__:
+        return getattr(sae_utils, name)
     classes = [SAE]
     for cls in classes:
         classes += cls.__subclasses__()
-    found = {cls.__name__: cls for cls in classes}  # of two with one name the one defined last
-    if name not in found and name in sae_utils.__all__:  # ours, not imported yet
-        return getattr(sae_utils, name)
-    if name not in found:
+    found = [cls for cls in classes if cls.__name__ == name]
+    if not found:
         raise ValueError(f"it was saved by the class {name}: import the module that defines it first")
-    return found[name]
+    return ([cls for cls in found if cls.__module__ == module] or found)[-1]
 
 
 def foreign(cfg: dict):
@@ -200,9 +225,7 @@ def foreign(cfg: dict):
     if (scaling := cfg.get("normalize_activations", "none")) != "none":
         fixed = scaling in ("expected_average_only_in", "covariance_whitening")
         way = (
-            "fold it into the weights in SAELens, then save"
-            if fixed
-            else "x is rescaled token by token, as no SAE here does"
+            "fold it into the weights in SAELens, then save" if fixed else "x is rescaled by token, as no SAE here does"
         )
         raise ValueError(f"normalize_activations={scaling!r}: {way}; only 'none' can be loaded")
     for key in ("activation_fn", "activation_fn_str"):  # of SAELens before 6
@@ -210,7 +233,8 @@ def foreign(cfg: dict):
             raise ValueError(
                 f"{key}={cfg[key]!r}, an option of SAELens before 6: open it with SAELens 6 and save it anew"
             )
-    return FOREIGN[cfg["architecture"]](cfg)
+    k = [cfg.get("k", 100)] if cfg["architecture"] == "topk" else []
+    return getattr(sae_utils, FOREIGN[cfg["architecture"]])(cfg["d_in"], cfg["d_sae"], *k)
 
 
 def fold(cfg: dict, state: dict) -> dict:

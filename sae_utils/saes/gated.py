@@ -3,12 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..sparse.select_encode import (
-    at,
-    encode_at,
-    pre_activations,
-    relu_encode,
-)
+from ..sparse.select_encode import at, encode_at, pre_activations, relu_encode
 from ..values import flag
 from .base import SAEOutput
 from .relu import ReluSAE
@@ -41,15 +36,10 @@ class GatedSAE(ReluSAE):
     def architecture(self) -> str:
         return "gated" if self.tied else "sae_utils_gated_untied"
 
-    @property
-    def arguments(self) -> dict:
-        return super().arguments | {"tied": self.tied, "rescale": self.rescale}
-
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
         rows = self.rows(x)
-        gate, active = relu_encode(
-            rows, self.W_enc, self.b_gate, self.b_dec
-        )  # relu(π): the rest needs no other entries
+        # relu(π): the rest needs no other entries
+        gate, active = relu_encode(rows, self.W_enc, self.b_gate, self.b_dec)
         if self.tied:
             scale, b_gate, b_mag = (at(v, active) for v in (self.r_mag.exp(), self.b_gate, self.b_mag))
             magnitude = (gate - b_gate) * scale + b_mag

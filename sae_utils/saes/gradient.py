@@ -5,10 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..sparse.select_encode import (
-    Active,
-    gradient_encode,
-)
+from ..sparse.select_encode import Active, gradient_encode
 from ..values import real
 from .base import SAEOutput
 from .topk import TopKSAE
@@ -30,10 +27,6 @@ class GradientSAE(TopKSAE):
         super().__init__(d_in, d_sae, k)
         self.beta = real("beta", beta, 0)
         self.register_buffer("gradient_scale", torch.tensor(0.0))
-
-    @property
-    def arguments(self) -> dict:
-        return super().arguments | {"beta": self.beta}
 
     @property
     def needs_grad(self) -> bool:
@@ -60,6 +53,8 @@ class GradientSAE(TopKSAE):
         weight = self.beta / scale.clamp_min(torch.finfo(scale.dtype).tiny)
         weights = self.W_enc, self.b_enc, self.b_dec
         values, active, total = gradient_encode(rows, *weights, self.k, g, self.W_dec, weight)
+        if not torch.isfinite(total):
+            raise FloatingPointError("grad is too large: the sum of |W_dec g| overflows. Divide grad by a constant")
         if self.training:
             self.gradient_scale.copy_(scale.lerp((total / n).to(scale.dtype), 0.01))
         return values, active

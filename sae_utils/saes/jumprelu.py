@@ -26,10 +26,6 @@ class JumpReluSAE(ReluSAE):
         self.bandwidth = real("bandwidth", bandwidth, above=0)
         self.threshold = nn.Parameter(torch.zeros(d_sae))
 
-    @property
-    def arguments(self) -> dict:
-        return super().arguments | {"bandwidth": self.bandwidth}
-
     def width(self) -> Tensor:
         """The bandwidth in units of x."""
         return self.bandwidth * self.d_in**0.5 * self.x_scale

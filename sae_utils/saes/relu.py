@@ -2,11 +2,7 @@
 
 from torch import Tensor
 
-from ..sparse.select_encode import (
-    Active,
-    relu_encode,
-    sparse_decode,
-)
+from ..sparse.select_encode import Active, relu_encode, sparse_decode
 from .base import SAE, SAEOutput
 
 

@@ -2,11 +2,7 @@
 
 from torch import Tensor
 
-from ..sparse.select_encode import (
-    Active,
-    sparse_decode,
-    topk_encode,
-)
+from ..sparse.select_encode import Active, sparse_decode, topk_encode
 from ..values import whole
 from .base import SAE, SAEOutput
 
@@ -24,10 +20,6 @@ class TopKSAE(SAE):
     def __init__(self, d_in: int, d_sae: int, k: int = 32):
         super().__init__(d_in, d_sae)
         self.k = whole("k", k, 1, self.d_sae)
-
-    @property
-    def arguments(self) -> dict:
-        return super().arguments | {"k": self.k}
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
         rows = self.rows(x)

@@ -24,7 +24,7 @@ def mutual_encode(
             values, entry = above(centred.to(half), W_enc.to(half), b_enc.to(half), budget, 0.0)
         smallest = values.min() if len(values) == budget else values.new_zeros(())
         token = entry.div(d_sae, rounding_mode="floor")
-        values, active = values.to(x.dtype), by_token(token, entry - token * d_sae, len(x), d_sae)
+        values, active = values.to(x.dtype), Active.by_token(token, entry - token * d_sae, len(x), d_sae)
     return Encode.apply(x, W_enc, b_enc, b_dec, centred, values, active), active, smallest
 
 
@@ -77,14 +77,5 @@ def feature_encode(
             start = end
         values, token, indices = map(torch.cat, zip(*found))
         order = token.argsort(stable=True)
-        values, active = values[order], by_token(token[order], indices[order], batch, d_sae)
+        values, active = values[order], Active.by_token(token[order], indices[order], batch, d_sae)
     return Encode.apply(x, W_enc, b_enc, b_dec, centred, values, active), active, smallest
-
-
-def by_token(token: Tensor, indices: Tensor, batch: int, d_sae: int) -> Active:
-    """`Active` of entries that come token after token, of which some tokens may have none."""
-    offsets = torch.zeros(batch + 1, dtype=torch.long, device=token.device)
-    torch.cumsum(torch.bincount(token, minlength=batch), 0, out=offsets[1:])
-    active = Active(indices, offsets, d_sae)
-    active.token = token
-    return active

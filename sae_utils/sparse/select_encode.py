@@ -51,6 +51,19 @@ class Active:
     def __init__(self, indices: Tensor, offsets: Tensor, d_sae: int):
         self.indices, self.offsets, self.d_sae = indices, offsets, d_sae
 
+    @classmethod
+    def of_rows(cls, columns: Tensor, d_sae: int) -> "Active":
+        """Of as many latents for every token, [batch, k]."""
+        offsets = torch.arange(0, columns.numel() + 1, columns.shape[1], device=columns.device)
+        return cls(columns.flatten(), offsets, d_sae)
+
+    @classmethod
+    def by_token(cls, token: Tensor, indices: Tensor, batch: int, d_sae: int) -> "Active":
+        """Of entries that come token after token, of which some tokens may have none."""
+        active = cls(indices, starts(token, batch), d_sae)
+        active.token = token
+        return active
+
     @functools.cached_property
     def token(self) -> Tensor:
         """[n], the token of each entry."""
@@ -61,9 +74,14 @@ class Active:
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """(order, token[order], offsets): entries order[offsets[i]] … are those of latent i."""
         order = self.indices.argsort(stable=True)
-        offsets = torch.zeros(self.d_sae + 1, dtype=torch.long, device=order.device)
-        torch.cumsum(torch.bincount(self.indices, minlength=self.d_sae), 0, out=offsets[1:])
-        return order, self.token[order], offsets
+        return order, self.token[order], starts(self.indices, self.d_sae)
+
+
+def starts(bag: Tensor, n_bags: int) -> Tensor:
+    """[n_bags + 1], where each bag begins among entries in the order of their bags."""
+    offsets = torch.zeros(n_bags + 1, dtype=torch.long, device=bag.device)
+    torch.cumsum(torch.bincount(bag, minlength=n_bags), 0, out=offsets[1:])
+    return offsets
 
 
 def bag_sum(values: Tensor, indices: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
@@ -169,8 +187,7 @@ def certified(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     x16, W16 = x.bfloat16(), W.bfloat16()
     rough, columns = largest(product16(x16, W16, b), 2 * k)
-    offsets = torch.arange(0, columns.numel() + 1, 2 * k, device=x.device)
-    exact = bag_dot(x, Active(columns.flatten(), offsets, len(W)), W).view_as(rough) + b[columns]
+    exact = bag_dot(x, Active.of_rows(columns, len(W)), W).view_as(rough) + b[columns]
     top = exact.topk(k, dim=1, sorted=False)
     lowest = rough.amin(1).float()
     norm = functools.partial(torch.linalg.vector_norm, dim=1)
@@ -251,8 +268,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) 
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         centred = x - b_dec
         values, columns = top_of_product(centred, W_enc.T, b_enc, k, bf16)
-        offsets = torch.arange(0, columns.numel() + 1, k, device=x.device)
-        active = Active(columns.flatten(), offsets, W_enc.shape[1])
+        active = Active.of_rows(columns, W_enc.shape[1])
     return Encode.apply(x, W_enc, b_enc, b_dec, centred, values.flatten(), active).relu(), active
 
 
@@ -276,8 +292,7 @@ def gradient_encode(
             columns = largest(effect.mul_(weight).add_(1).mul_(z), k)[1]
             found.append((z.gather(1, columns).to(x.dtype), columns))
         values, columns = map(torch.cat, zip(*found))
-        offsets = torch.arange(0, columns.numel() + 1, k, device=x.device)
-        active = Active(columns.flatten(), offsets, d_sae)
+        active = Active.of_rows(columns, d_sae)
     return Encode.apply(x, W_enc, b_enc, b_dec, centred, values.flatten(), active).relu(), active, total
 
 
@@ -297,13 +312,10 @@ def relu_encode(
         shape = len(x), W_enc.shape[1]
         z = torch.addmm(b_enc.to(half), centred.to(half), W_enc.to(half), out=workspace(shape, half, x.device))
         positive = z > (0 if threshold is None else threshold.to(half))
-        counts = positive.sum(1)
-        if few := bool(counts.sum() < FEW * z.numel()):
+        if few := bool(positive.sum() < FEW * z.numel()):
             token, latent = positive.nonzero(as_tuple=True)
             values = z[token, latent].to(x.dtype)
-            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-            active = Active(latent, offsets, shape[1])
-            active.token = token
+            active = Active.by_token(token, latent, *shape)
     if few:
         return Encode.apply(x, W_enc, b_enc, b_dec, centred, values, active), active
     f = z.to(x.dtype, copy=True).relu_() if threshold is None else z.to(x.dtype) * positive

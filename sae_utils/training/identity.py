@@ -25,23 +25,11 @@ from torch import Tensor, nn
 from ..code import code_hash
 from ..files import digest
 
-PLAIN = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    range,
-    slice,
-    types.EllipsisType,
-    PurePath,
-    enum.Enum,
-    torch.dtype,
-)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, types.EllipsisType, PurePath, enum.Enum)
+PLAIN += (torch.dtype, torch.device)
 OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "_abc_impl"}
 OF_CLASSES |= {"__firstlineno__", "__static_attributes__"}
+OF_MODULES = {"training", "dead_after", "_parameters", "_buffers", "_modules"}  # what a checkpoint holds, or weights
 
 
 def training_parts(jobs: dict, first: dict, settings: dict) -> dict[str, str]:
@@ -49,25 +37,59 @@ def training_parts(jobs: dict, first: dict, settings: dict) -> dict[str, str]:
 
     Raises ValueError, naming it, if a value that an objective or a class uses cannot be told from others of its type.
     """
-    parts = {name: stable(value, name) for name, value in settings.items()}
-    parts |= {"the names of the SAEs": list(jobs), "the first batch": stable(first, "the first batch")}
+    parts = dict(settings) | {"the names of the SAEs": list(jobs), "the first batch": first}
+    parts |= {f"the initial weights{of(name)}": sae.state_dict() for name, (sae, _) in jobs.items()}
+    return {key: digest(stable(value, key)) for key, value in parts.items()} | fixed_parts(jobs)
+
+
+def fixed_parts(jobs: dict) -> dict[str, str]:
+    """The parts that training must not change: of each SAE its class, its settings and its objective."""
+    values, known = {}, {}  # known: what training changes and a checkpoint holds, which counts by its name alone
+    for name, (sae, _) in jobs.items():
+        held = [*sae.named_modules(), *sae.state_dict(keep_vars=True).items()]
+        known |= {id(one): f"{name}/{key}" for key, one in held}
     for name, (sae, objective) in jobs.items():
-        of = f" of {name!r}" if name else ""
         func, bound = objective, {}
         while isinstance(func, functools.partial):
             bound = dict(enumerate(func.args)) | func.keywords | bound
             func = func.func
-        values = {f"{key} of the objective{of}": value for key, value in bound.items()}
-        values |= {f"the code of the objective{of}": func, f"the class{of}": type(sae)}
-        values |= {f"the settings{of}": settings_of(sae), f"the initial weights{of}": sae.state_dict()}
-        parts |= {key: stable(value, key) for key, value in values.items()}
-    return {key: digest(value) for key, value in parts.items()}
+        values |= {f"{key} of the objective{of(name)}": value for key, value in bound.items()}
+        values |= {f"the code of the objective{of(name)}": func, f"the class{of(name)}": type(sae)}
+        values[f"the settings{of(name)}"] = settings_of(sae)
+    return {key: digest(stable(value, key, dict(known))) for key, value in values.items()}
+
+
+def check_fixed(jobs: dict, parts: dict) -> None:
+    """ValueError if training has changed what it must not, so that a checkpoint would resume with the value of the start."""
+    changed = [part for part, value in fixed_parts(jobs).items() if value != parts[part]]
+    if changed:
+        raise ValueError(
+            f"checkpoint: {', '.join(changed)} changes while it trains, and a resumed training would begin with the old value. Put "
+            f"what changes into a persistent buffer of the SAE (register_buffer), or train without checkpoint"
+        )
+
+
+def of(name: str) -> str:
+    return f" of {name!r}" if name else ""
 
 
 def settings_of(module: nn.Module) -> dict:
-    """What a module holds beside parameters and submodules, as far as it is plain, without what training changes."""
-    names = [key for key in vars(module) if key[0] != "_" and key not in ("training", "dead_after")]
-    return {key: vars(module)[key] for key in names if isinstance(vars(module)[key], PLAIN)}
+    """What a module and those in it hold beside weights: classes, attributes, hooks, what is frozen, buffers not saved.
+
+    Of modules of other packages, a language model's say, the numbers and texts among their attributes.
+    """
+    found, saved = {}, module.state_dict()
+    for place, part in module.named_modules():
+        dot = f"{place}." if place else ""
+        found[f"{dot}class"] = type(part) if place else None
+        own = type(part).__module__.startswith("sae_utils.") or not installed(type(part).__module__)
+        for key, value in vars(part).items():
+            if "ward_" in key and "_hooks" in key:  # forward and backward, numbered through the process
+                found[dot + key] = list(value.values())
+            elif key not in OF_MODULES and "state_dict" not in key and (own or isinstance(value, PLAIN)):
+                found[dot + key] = value
+    found |= {f"{key} is trained": p.requires_grad for key, p in module.named_parameters()}
+    return found | {key: value for key, value in module.named_buffers() if key not in saved}
 
 
 def stable(value, where: str, seen: dict | None = None):
@@ -75,8 +97,12 @@ def stable(value, where: str, seen: dict | None = None):
     seen = {} if seen is None else seen
     inner = functools.partial(stable, seen=seen)
     kind = type(value)
-    if isinstance(value, PLAIN) or kind is torch.device:
+    if isinstance(value, PLAIN):
         return [kind.__name__, repr(value)]
+    if id(value) in seen:
+        return ["again", seen[id(value)]]
+    if isinstance(value, (type, types.FunctionType, nn.Module)):
+        seen[id(value)] = len(seen)
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return ["tensor", str(value.dtype), list(value.shape), hashlib.sha256(raw).hexdigest()]
@@ -85,12 +111,17 @@ def stable(value, where: str, seen: dict | None = None):
         if array.dtype.hasobject:
             return [kind.__name__, inner(array.tolist(), where)]
         return ["array", str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
-    if isinstance(value, (set, frozenset)):
-        return ["set", *sorted(map(repr, (inner(v, where) for v in value)))]
-    if isinstance(value, dict):
-        return [kind.__name__, *([inner(k, where), inner(v, f"{k!r} in {where}")] for k, v in value.items())]
-    if isinstance(value, (list, tuple)):
-        return [kind.__name__, *(inner(v, where) for v in value)]
+    if isinstance(value, (set, frozenset, dict, list, tuple, types.SimpleNamespace)):
+        own = [] if kind.__module__ in ("builtins", "types") else [inner(kind, where)]
+        if isinstance(value, types.SimpleNamespace):
+            value = vars(value)
+        elif getattr(value, "__dict__", None):  # attributes of a subclass
+            own.append(inner(vars(value), where))
+        if isinstance(value, (set, frozenset)):
+            return ["set", *sorted(map(repr, (inner(v, where) for v in value))), *own]
+        if isinstance(value, dict):
+            return [kind.__name__, *([inner(k, where), inner(v, f"{k!r} in {where}")] for k, v in value.items()), *own]
+        return [kind.__name__, *(inner(v, where) for v in value), *own]
     if isinstance(value, functools.partial):
         return ["partial", *(inner(v, where) for v in (value.func, value.args, value.keywords))]
     if isinstance(value, (staticmethod, classmethod, types.MethodType)):
@@ -98,12 +129,9 @@ def stable(value, where: str, seen: dict | None = None):
     if isinstance(value, property):
         return ["property", *(inner(v, where) for v in (value.fget, value.fset, value.fdel))]
     if isinstance(value, types.ModuleType):
-        own = getattr(value, "__file__", None) and not installed(value.__name__)
-        return ["module", value.__name__, code_hash(inspect.getsource(value)) if own else ""]
-    if id(value) in seen:
-        return ["again", seen[id(value)]]
-    if isinstance(value, (type, types.FunctionType, nn.Module)):
-        seen[id(value)] = len(seen)
+        if not getattr(value, "__file__", None) or installed(value.__name__):
+            return ["module", value.__name__]
+        return ["module", value.__name__, code_hash(inspect.getsource(value)), inner(plain(value), where)]
     if isinstance(value, types.FunctionType):
         return function(value, where, inner)
     if isinstance(value, types.BuiltinFunctionType) and isinstance(
@@ -120,10 +148,10 @@ def stable(value, where: str, seen: dict | None = None):
         bases = [inner(base, where) for base in value.__bases__]
         return ["class", value.__qualname__, bases, inner(own, f"class {value.__qualname__}")]
     if isinstance(value, nn.Module):
-        own = [[type(m), vars(m).get("forward"), settings_of(m)] for m in value.modules()]
-        return [inner(kind, where), inner(own, where), inner(dict(value.state_dict()), where)]
+        return [inner(v, where) for v in (kind, settings_of(value), dict(value.state_dict()))]
     if dataclasses.is_dataclass(value):
-        return [inner(kind, where), inner({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, where)]
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return [inner(kind, where), inner(fields | getattr(value, "__dict__", {}), where)]
     if kind in (functools._lru_cache_wrapper, functools.cached_property):
         return [kind.__name__, inner(value.func if kind is functools.cached_property else value.__wrapped__, where)]
     text = repr(value) if kind.__repr__ is not object.__repr__ else " at 0x"
@@ -133,7 +161,13 @@ def stable(value, where: str, seen: dict | None = None):
             f"might not be this one. Bind numbers, texts, tensors or arrays with functools.partial, give {kind.__name__} a "
             f"__repr__ that says all of its settings, or train without checkpoint"
         )
-    return [inner(kind, where), text]
+    return [inner(kind, where), text, {} if installed(kind.__module__) else inner(plain(value), where)]
+
+
+def plain(value) -> dict:
+    """The numbers and texts among the attributes of an object or a module, as they are now."""
+    own = getattr(value, "__dict__", {})
+    return {key: v for key, v in sorted(own.items()) if key[:2] != "__" and v is not None and isinstance(v, PLAIN)}
 
 
 def function(f, where: str, inner) -> list:
@@ -145,6 +179,7 @@ def function(f, where: str, inner) -> list:
     names = sorted({n for n in read_globals(f.__code__) if n in f.__globals__})
     outside |= {f"{name!r} in {f.__qualname__}": f.__globals__[name] for name in names}
     outside |= {f"a default of {f.__qualname__}": f.__defaults__, f"defaults of {f.__qualname__}": f.__kwdefaults__}
+    outside[f"an attribute of {f.__qualname__}"] = f.__dict__
     return ["function", bytecode(f.__code__, inner), *(inner(v, key) for key, v in outside.items())]
 
 

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,15 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..device import bf16_is_fast
-from ..saes.base import SAE, high_norm, scale_of, typical
+from ..saes.base import SAE, check_parameters, high_norm, scale_of, typical
 from ..values import flag, real, whole
-from .checkpoint import load_checkpoint, save_checkpoint
-from .identity import training_parts
-from .losses import GRADIENTS, as_batch, check_fit, own_objective
+from .checkpoint import check_place, load_checkpoint, save_checkpoint, set_random
+from .identity import check_fixed, of, training_parts
+from .losses import GRADIENTS, check_fit, own_objective
 from .optimizer import Optimizer, resample_dead
-from .streams import as_stream, ordinary_fvu, skip, stream, warn_of_high_norms, without, without_first
+from .streams import as_stream, on_device, ordinary_fvu, skip, stream, warn_of_high_norms, without, without_first
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     sae,
     batches,
@@ -76,111 +79,86 @@ def train(
     latent, or none; if bf16 is not there; and if a few tokens of high norm (over 5 times the usual, as above) hold most of the
     variance of a batch: from then on each row has `fvu_ordinary`, the FVU of its last batch without them.
 
-    Raises FloatingPointError naming the batch if x or a loss is not finite (the checkpoint keeps the last good state);
-    ValueError for settings out of range, an objective that does not fit, a stream that is empty, of another width, without
-    variance or with a batch of one token, a damaged checkpoint or one of another training, which says what differs.
+    Raises FloatingPointError naming the batch if x, a loss or its gradient is not finite (the checkpoint keeps the last good
+    state); ValueError for settings out of range, an objective that does not fit, a stream that is empty, of another width or scale,
+    without variance or with a batch of one token, a damaged checkpoint or one of another training, which says what differs. With
+    a checkpoint also for what changes in an SAE or objective while it trains and is in no persistent buffer.
     """
     jobs = as_jobs(sae, objective)
-    n_steps, seed = whole("n_steps", n_steps), whole("seed", seed, 0, 2**32 - 1)
-    lr = None if lr is None else real("lr", lr, above=0)
-    decay, clip = real("decay", decay, 0, 1), real("clip", clip, above=0)
-    if not isinstance(betas, (Sequence, np.ndarray)) or isinstance(betas, str) or len(betas) != 2:
-        raise ValueError(f"betas={betas!r}: Adam's two rates of decay, as in (0.9, 0.999)")
-    betas = tuple(real("betas", beta, 0, 1 - 1e-12) for beta in betas)
-    if not isinstance(resample, (Sequence, np.ndarray)) or not all(
-        0 < real("resample", share) < 1 for share in resample
-    ):
-        raise ValueError(f"resample={resample!r}: shares of the run, each between 0 and 1, as in (0.25, 0.5)")
-    skip_norm_above = None if skip_norm_above is None else real("skip_norm_above", skip_norm_above, above=1)
-    if checkpoint is not None and (not isinstance(checkpoint, (str, os.PathLike)) or Path(checkpoint).is_dir()):
-        raise ValueError(f"checkpoint={checkpoint!r}: it has to be the path of a file, or None")
-    flag("progress", progress)
-    warmup = min(1000, n_steps // 20) if warmup is None else whole("warmup", warmup, 0)
-    resample_at = sorted(max(1, round(share * n_steps)) for share in resample)
     device = next(iter(jobs.values()))[0].W_dec.device
-    if flag("bf16", bf16) and not bf16_is_fast(device.type):
-        warnings.warn(f"bf16=True: this {device.type} has no fast products in bfloat16, so fp32 is computed instead")
-        bf16 = False
-    settings = dict(n_steps=n_steps, lr=lr, seed=seed, warmup=warmup, decay=decay, clip=clip, betas=betas, bf16=bf16)
-    settings |= {"resample": resample_at, "skip_norm_above": skip_norm_above, "batch_size": batch_size}
-    rates = {name: lr or 2e-4 / math.sqrt(sae.d_sae / 2**14) for name, (sae, _) in jobs.items()}
-    optimizers = {name: Optimizer(sae, betas) for name, (sae, _) in jobs.items()}
-    log_every = max(1, n_steps // 200)
+    asked = checked(n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_norm_above, batch_size, device)
+    flag("progress", progress)
+    n_steps, log_every = asked.n_steps, max(1, asked.n_steps // 200)
     save_every = log_every * math.ceil(whole("checkpoint_every", checkpoint_every) / log_every)
-    step, history, scalars = 0, [], []
+    if checkpoint is not None and (
+        not isinstance(checkpoint, (str, os.PathLike)) or os.path.isdir(Path(checkpoint).expanduser())
+    ):
+        raise ValueError(f"checkpoint={checkpoint!r}: it has to be the path of a file, or None")
+    if checkpoint is not None:
+        check_place(checkpoint := Path(checkpoint).expanduser())
+    rates = {name: asked.lr or 2e-4 / math.sqrt(sae.d_sae / 2**14) for name, (sae, _) in jobs.items()}
+    optimizers = {name: Optimizer(sae, asked.betas) for name, (sae, _) in jobs.items()}
+    finite, step, history, rows = Finite(checkpoint, device), 0, [], {name: [] for name in jobs}
 
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        batches = as_stream(batches, batch_size, seed)
+        torch.manual_seed(asked.seed)
+        batches = as_stream(batches, batch_size, asked.seed)
         first, iterator = stream(batches)
-        first = as_batch(first)
-        check_first(jobs, first, skip_norm_above)
+        first = on_device(first, device)
+        check_batch(jobs, first, 0, asked)
         if checkpoint:
-            parts = training_parts(jobs, first, settings)
-            if Path(checkpoint).exists():
-                place = torch.get_rng_state()
-                step, history = load_checkpoint(checkpoint, jobs, optimizers, parts)
-                iterator = skip(batches, iterator, step, place) if step < n_steps else iterator
-        rows = without_first(first["x"].to(device)).flatten(0, -2)
-        usual = typical(rows)
-        few_hold_most = any("fvu_ordinary" in row for row in history)
-        if skip_norm_above is not None:
-            rows = rows[~high_norm(rows, *usual, skip_norm_above)]
-        for name, (sae, _) in jobs.items() if step == 0 else ():
-            known = sae.x_scale.item()
-            sae.initialise(sae.rows(rows))
-            sae.dead_after = min(10_000_000, max(1, n_steps * len(rows) // 10))
-            if known and not 0.1 <= (ratio := scale_of(rows.float()).item() / known) <= 10:
-                warnings.warn(
-                    f"{f'{name!r}: ' if name else ''}x_scale={known:.3g} is from the SAE's first training, and these activations "
-                    f"have {ratio:.2g} times that: its biases learn in the wrong unit. Scale x, or make a new SAE"
-                )
+            unsure, parts = True, training_parts(jobs, first, vars(asked))
+            if checkpoint.exists():
+                step, history, states = load_checkpoint(checkpoint, jobs, optimizers, parts)
+                if 0 < step < n_steps:
+                    iterator = skip(batches, iterator, step)
+                    set_random(states)
+        usual = begin(jobs, first["x"], asked, anew=step == 0)
         scales = {name: sae.x_scale.item() for name, (sae, _) in jobs.items()}
-        steps = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not progress)
+        tokens = history[-1]["tokens"] if history else 0
+        few_hold_most = any("fvu_ordinary" in row for row in history)
+        bar = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not progress)
         for batch in itertools.islice(iterator, n_steps - step):
-            batch = as_batch(batch) | {"progress": step / n_steps}
-            x = batch["x"] = batch["x"].to(device)
-            n_tokens, total = x.numel() // x.shape[-1], x.sum(dtype=torch.float32)
-            if skip_norm_above is not None:
-                batch = {key: v.to(device) if torch.is_tensor(v) else v for key, v in batch.items()}
-                batch = without(batch, high_norm(x, *usual, skip_norm_above))
+            batch = on_device(batch, device) | {"progress": step / n_steps}
+            check_batch(jobs, batch, step, asked)
+            x = batch["x"]
+            n_tokens = x.numel() // x.shape[-1]
+            tokens += n_tokens
+            finite.check({"the activations x": x.sum(dtype=torch.promote_types(x.dtype, torch.float32))}, step)
+            if asked.skip_norm_above is not None:
+                batch = without(batch, high_norm(x, *usual, asked.skip_norm_above))
+                check_batch(jobs, batch, step, asked, f" of {n_tokens} within skip_norm_above")
                 x = batch["x"]
-            if x.numel() <= x.shape[-1]:
-                raise ValueError(
-                    f"batch {step} holds one token{'' if n_tokens < 2 else f' of {n_tokens} within skip_norm_above'}: a batch "
-                    f"needs two at least, since FVU is measured against their variance. A DataLoader has drop_last=True"
-                )
-            factor = min(1, (step + 1) / max(warmup, 1), (n_steps - step) / max(decay * n_steps, 1))
-            factor *= recovery(step, resample_at, min(1000, n_steps // 20))
-            if step in resample_at:
-                for name, (sae, _) in jobs.items():
-                    resample_dead(sae, x, optimizers[name], torch.Generator().manual_seed(seed * n_steps + step))
-            scalars.append({"x": {"sum": total}})
+            factor = schedule(step, asked)
             for name, (sae, loss) in jobs.items():
+                if step in asked.resample:
+                    resample_dead(sae, x, optimizers[name], torch.Generator().manual_seed(asked.seed * n_steps + step))
                 sae.train()
-                with torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+                with torch.autocast(device.type, torch.bfloat16) if asked.bf16 else contextlib.nullcontext():
                     terms = check_terms(loss(sae, batch), name)
-                optimizers[name].update(terms["loss"], rates[name] * factor, scales[name], clip)
-                scalars[-1][name] = {key: value.detach() for key, value in terms.items()}
+                finite.check({f"{key!r} of the objective{of(name)}": value for key, value in terms.items()}, step)
+                watch = lambda norm: finite.check({f"the gradient of 'loss'{of(name)}": norm}, step)  # noqa: B023, E731
+                optimizers[name].update(terms["loss"], rates[name] * factor, scales[name], asked.clip, watch)
+                rows[name].append({key: value.detach().float() for key, value in terms.items()})
             step += 1
-            steps.update()
-            log = step % log_every == 0 or step == n_steps
-            if log or device.type == "cpu":  # reading a scalar makes a GPU wait, so there it is done once in a while
-                check_finite(scalars if log else scalars[-1:], step, checkpoint)
-            if log:
-                few_hold_most = few_hold_most or skip_norm_above is None and warn_of_high_norms(x, usual)
-                for name, (sae, _) in jobs.items():
-                    row = {"sae": name} if name else {}
-                    row |= {"step": step, "tokens": step * n_tokens, "lr": rates[name] * factor}
-                    for key in scalars[0][name]:
-                        row[key] = torch.stack([s[name][key].float() for s in scalars]).mean().item()
-                    if few_hold_most:
-                        row["fvu_ordinary"] = ordinary_fvu(sae, x, usual)
-                    history.append(row | {"dead": sae.dead().float().mean().item()})
-                scalars = []
-                if checkpoint and (step % save_every == 0 or step == n_steps):
-                    save_checkpoint(checkpoint, jobs, optimizers, parts, step, history)
-        steps.close()
+            bar.update()
+            if step % log_every and step < n_steps:
+                continue
+            finite.look()
+            few_hold_most = few_hold_most or asked.skip_norm_above is None and warn_of_high_norms(x, usual)
+            for name, (sae, _) in jobs.items():
+                row = ({"sae": name} if name else {}) | {"step": step, "tokens": tokens, "lr": rates[name] * factor}
+                row |= {key: torch.stack([r[key] for r in rows[name]]).mean().item() for key in rows[name][0]}
+                if few_hold_most:
+                    row["fvu_ordinary"] = ordinary_fvu(sae, x, usual)
+                history.append(row | {"dead": sae.dead().float().mean().item()})
+                rows[name].clear()
+            if checkpoint and (step % save_every == 0 or step == n_steps):
+                if unsure:
+                    check_fixed(jobs, parts)
+                unsure = False
+                save_checkpoint(checkpoint, jobs, optimizers, parts, step, history)
+        bar.close()
     for name, (sae, loss) in jobs.items():
         sae.eval()
         l0 = next((row.get("l0") for row in reversed(history) if row.get("sae", "") == name), None)
@@ -191,10 +169,38 @@ def train(
     return pd.DataFrame(history)
 
 
+def checked(n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_norm_above, batch_size, device):
+    """The settings of `train`, each in its range, as a checkpoint knows them; ValueError, naming it, for one that is not."""
+    n_steps, seed = whole("n_steps", n_steps), whole("seed", seed, 0, 2**32 - 1)
+    lr = None if lr is None else real("lr", lr, above=0)
+    warmup = min(1000, n_steps // 20) if warmup is None else whole("warmup", warmup, 0)
+    decay, clip = real("decay", decay, 0, 1), real("clip", clip, above=0)
+    if not isinstance(betas, (Sequence, np.ndarray)) or isinstance(betas, str) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: Adam's two rates of decay, as in (0.9, 0.999)")
+    betas = tuple(real("betas", beta, 0, 1 - 1e-12) for beta in betas)
+    if not isinstance(resample, (Sequence, np.ndarray)) or not all(0 < real("resample", r) < 1 for r in resample):
+        raise ValueError(f"resample={resample!r}: shares of the run, each between 0 and 1, as in (0.25, 0.5)")
+    resample = sorted(max(1, round(share * n_steps)) for share in resample)
+    skip_norm_above = None if skip_norm_above is None else real("skip_norm_above", skip_norm_above, above=1)
+    if flag("bf16", bf16) and not bf16_is_fast(device.type):
+        warnings.warn(f"bf16=True: this {device.type} has no fast products in bfloat16, so fp32 is computed instead")
+        bf16 = False
+    settings = dict(n_steps=n_steps, lr=lr, seed=seed, warmup=warmup, decay=decay, clip=clip, betas=betas, bf16=bf16)
+    return SimpleNamespace(**settings, resample=resample, skip_norm_above=skip_norm_above, batch_size=batch_size)
+
+
+def schedule(step: int, asked) -> float:
+    """The share of the peak rate at a step: warm-up, decay, and recovery from a resampling."""
+    rise, left = (step + 1) / max(asked.warmup, 1), (asked.n_steps - step) / max(asked.decay * asked.n_steps, 1)
+    return min(1, rise, left) * recovery(step, asked.resample, min(1000, asked.n_steps // 20))
+
+
 def as_jobs(sae, objective) -> dict:
     """{name: (sae, objective)} of what `train` is given, each objective checked against its SAE's class."""
     if not isinstance(sae, (dict, SAE)) or sae == {}:
         raise ValueError(f"sae is {sae!r:.100}: it has to be an SAE, or a dictionary {{name: sae}} of one SAE or more")
+    if objective is not None and not callable(objective):
+        raise ValueError(f"objective={objective!r:.100}: it has to be a function (sae, batch) → dict, or None")
     jobs = {}
     for name, job in sae.items() if isinstance(sae, dict) else [("", sae)]:
         one, loss = job if isinstance(job, (tuple, list)) and len(job) == 2 else (job, objective)
@@ -209,46 +215,72 @@ def as_jobs(sae, objective) -> dict:
             )
         jobs[name] = one, own_objective(one) if loss is None else loss
         check_fit(*jobs[name])
+    devices = {str(p.device) for one, _ in jobs.values() for p in one.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise ValueError(
+            f"the parameters are on {', '.join(sorted(devices))}: put all on one device with sae.to(device)"
+        )
+    for name, (one, _) in jobs.items():
+        check_parameters(one, name)
     return jobs
 
 
-def check_first(jobs: dict, first: dict, skip_norm_above: float | None) -> None:
-    """ValueError if the first batch shows that the stream does not do for these SAEs."""
-    x = first["x"]
-    if x.numel() == x.shape[-1]:
+def check_batch(jobs: dict, batch: dict, step: int, asked, left: str = "") -> None:
+    """ValueError if a batch does not do for these SAEs; `left` says of how many tokens it is what was left."""
+    x, which = batch["x"], f"batch {step}" if step else "the first batch"
+    if x.numel() <= x.shape[-1]:
         raise ValueError(
-            f"the first batch holds one token, x of shape {list(x.shape)}: a batch needs two at least, since FVU is measured "
-            f"against their variance. Activations [n, d_in] in one tensor or array are cut into batches by `train`"
+            f"{which} holds one token{left}, x of shape {list(x.shape)}: a batch needs two at least, since FVU is measured against "
+            f"their variance. A DataLoader has drop_last=True; activations [n, d_in] in one tensor or array `train` cuts itself"
         )
     for name, (sae, _) in jobs.items():
-        of = f"{name!r}, " if name else ""
+        about = f"{name!r}, " if name else ""
         if x.shape[-1] != sae.d_in:
-            raise ValueError(f"x has shape {list(x.shape)}; its last axis has to be d_in={sae.d_in} of {of}{sae}")
-        if sae.needs_grad and first.get("grad") is None:
+            raise ValueError(f"x has shape {list(x.shape)}; its last axis has to be d_in={sae.d_in} of {about}{sae}")
+        if sae.needs_grad and batch.get("grad") is None:
             raise ValueError(
-                f"{of}{type(sae).__name__} selects by the gradient, and the batches have no 'grad'. {GRADIENTS}"
+                f"{about}{type(sae).__name__} selects by the gradient, and {which} has no 'grad'. {GRADIENTS}"
             )
-    if skip_norm_above is not None and x.ndim != 2:
+    if asked.skip_norm_above is not None and x.ndim != 2:
         raise ValueError(
-            f"skip_norm_above={skip_norm_above}: x has shape {list(x.shape)}, and tokens can be left out of batches [n, d_in] "
+            f"skip_norm_above={asked.skip_norm_above}: x has shape {list(x.shape)}, and tokens can be left out of batches [n, d_in] "
             f"only, as store.batches(batch_size) gives them. Whole rows, which end-to-end objectives need, stay whole"
         )
 
 
+def begin(jobs: dict, x: Tensor, asked, anew: bool) -> tuple[Tensor, Tensor]:
+    """Centre and usual norm of the first batch's tokens; when training begins anew, what SAEs take from that batch as well."""
+    rows = without_first(x).flatten(0, -2)
+    usual = typical(rows)
+    if asked.skip_norm_above is not None:
+        rows = rows[~high_norm(rows, *usual, asked.skip_norm_above)]
+    for name, (sae, _) in jobs.items() if anew else ():
+        known = sae.x_scale.item()
+        sae.initialise(sae.rows(rows))
+        sae.dead_after = min(10_000_000, max(1, asked.n_steps * len(rows) // 10))
+        if known and not 0.1 <= (ratio := scale_of(rows.float()).item() / known) <= 10:
+            warnings.warn(
+                f"{f'{name!r}: ' if name else ''}x_scale={known:.3g} is from the SAE's first training, and these activations "
+                f"have {ratio:.2g} times that: its biases learn in the wrong unit. Scale x, or make a new SAE"
+            )
+    return usual
+
+
 def check_terms(terms, name: str) -> dict[str, Tensor]:
     """What an objective returned, as scalar tensors; ValueError if it is not {"loss": scalar, …} with a gradient."""
-    of = f" of {name!r}" if name else ""
     if not isinstance(terms, dict) or "loss" not in terms:
         found = f"a dict of {', '.join(map(str, terms))}" if isinstance(terms, dict) else f"a {type(terms).__name__}"
         raise ValueError(
-            f"the objective{of} returned {found}: it has to return a dict of scalars with 'loss' among them"
+            f"the objective{of(name)} returned {found}: it has to return a dict of scalars with 'loss' among them"
         )
     for key, value in terms.items():
         if not isinstance(value, (Tensor, float, int)) or isinstance(value, Tensor) and value.numel() != 1:
             about = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-            raise ValueError(f"{key!r} of the objective{of} has {about}: it has to be a scalar")
+            raise ValueError(f"{key!r} of the objective{of(name)} has {about}: it has to be a scalar")
     if not getattr(terms["loss"], "requires_grad", False):
-        raise ValueError(f"'loss' of the objective{of} does not depend on the SAE's parameters: it has no gradient")
+        raise ValueError(
+            f"'loss' of the objective{of(name)} does not depend on the SAE's parameters: it has no gradient"
+        )
     device = terms["loss"].device
     return {key: torch.as_tensor(value, device=device).reshape(()) for key, value in terms.items()}
 
@@ -259,17 +291,27 @@ def recovery(step: int, resample_at: list[int], n: int) -> float:
     return 1 if since >= n else 0.55 - 0.45 * math.cos(math.pi * since / n)
 
 
-def check_finite(scalars: list[dict], step: int, checkpoint) -> None:
-    """Raise FloatingPointError naming the first batch in which x or a term of a loss is not finite."""
-    values = {(i, n, k): v for i, terms in enumerate(scalars) for n, t in terms.items() for k, v in t.items()}
-    finite = torch.isfinite(torch.stack([v.double() for v in values.values()])).tolist()
-    for (i, name, key), good in zip(values, finite):
-        if not good:
-            what = (
-                "the activations x" if name == "x" else f"{key!r} of the objective" + (f" of {name!r}" if name else "")
-            )
-            kept = f" The last good state is in {checkpoint}." if checkpoint and Path(checkpoint).exists() else ""
-            raise FloatingPointError(f"{what} became NaN or infinite in batch {step - len(scalars) + i}.{kept}")
+class Finite:
+    """Values that have to be finite: looked at when they come, or together at `look` on a GPU, which looking makes wait."""
+
+    def __init__(self, checkpoint: Path | None, device: torch.device):
+        self.checkpoint, self.at_once, self.waiting = checkpoint, device.type == "cpu", {}
+
+    def check(self, values: dict[str, Tensor], step: int) -> None:
+        self.waiting |= {(step, what): value.detach() for what, value in values.items()}
+        if self.at_once:
+            self.look()
+
+    def look(self) -> None:
+        """FloatingPointError naming the first batch in which a value is not finite."""
+        values = [value.double() for value in self.waiting.values()]
+        finite = torch.isfinite(torch.stack(values)).tolist() if values else []
+        for (step, what), good in zip(self.waiting, finite):
+            if not good:
+                kept = self.checkpoint and self.checkpoint.exists()
+                kept = f" The last good state is in {self.checkpoint}." if kept else ""
+                raise FloatingPointError(f"{what} became NaN or infinite in batch {step}.{kept}")
+        self.waiting.clear()
 
 
 def on_coefficient(sae, objective, l0: float | None) -> str:

@@ -24,16 +24,21 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 def as_batch(batch) -> dict:
     """The batch as a dict with a floating-point tensor x [..., d_in]; ValueError, saying what it is, for anything else.
 
-    A bare tensor or array is x, and so is the only member of a list, as `DataLoader(TensorDataset(x))` gives it.
+    A bare tensor or array is x, and so is the only member of a list, as `DataLoader(TensorDataset(x))` gives it. x and grad
+    may be NumPy arrays.
     """
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
         batch = batch[0]
     batch = batch if isinstance(batch, dict) else {"x": batch}
+    arrays = {key: v for key, v in batch.items() if isinstance(v, np.ndarray) and key in ("x", "grad")}
+    for key, array in arrays.items():
+        if array.dtype.name in FLOATS:
+            batch = batch | {key: torch.from_numpy(array.astype(np.promote_types(array.dtype, np.float32)))}
     x = batch.get("x")
-    if isinstance(x, np.ndarray) and x.dtype.name in FLOATS:
-        batch = batch | {"x": (x := torch.from_numpy(x.astype(np.promote_types(x.dtype, np.float32))))}
-    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim or not x.numel():
+    good = isinstance(x, Tensor) and x.is_floating_point() and x.ndim and x.numel() and x.layout == torch.strided
+    if not good:
         about = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+        about += f" in the layout {x.layout}" if getattr(x, "layout", torch.strided) != torch.strided else ""
         keys = f" (its keys are {', '.join(map(repr, batch))})" if x is None else ""
         raise ValueError(f"x of a batch is {about}{keys}: it has to be activations in floating point, [..., d_in]")
     return batch
@@ -196,30 +201,13 @@ GRADIENTS = (
 )
 
 
-def with_gradient(sae, batch, use_in_selection: bool):
-    """(x [batch, d_in], grad likewise, output); ValueError if the stream gives no gradient."""
-    if not isinstance(batch, dict) or batch.get("grad") is None:
-        raise ValueError(f"{type(sae).__name__}: the batch has no 'grad'. {GRADIENTS}")
-    x, g = sae.rows(batch["x"]), sae.rows(batch["grad"]).detach()
-    if len(x) != len(g):
-        raise ValueError(
-            f"grad has shape {list(batch['grad'].shape)}: it has to be that of x, {list(batch['x'].shape)}"
-        )
-    return x, g, sae(x, g if use_in_selection else None)
-
-
 def attribution_loss(sae, batch, alpha: float = 0.1, use_in_selection: bool = False) -> dict[str, Tensor]:
     """Batch FVU + α · A, A = Σ|(x − x̂) ⊙ g| / Σ|(x − x̄) ⊙ g|: what a coordinate's error does to the loss, to first order.
 
     Sums over the batch and d_in; both terms are over what the mean x̄ would leave, so α has no units (ours). Without AuxK.
     `use_in_selection` hands g to the SAE as well, so that selection and loss can be told apart.
     """
-    real("alpha", alpha, 0), flag("use_in_selection", use_in_selection)
-    x, g, out = with_gradient(sae, batch, use_in_selection)
-    fvu = fvu_of(sae)(x, out.x_hat)
-    unit = ((x - x.mean(0)) * g).abs().sum().clamp_min(0.01 * sae.x_scale * g.abs().sum())
-    attribution = ((x - out.x_hat) * g).abs().sum() / unit.clamp_min(torch.finfo(x.dtype).tiny)
-    return {"loss": fvu + alpha * attribution, "fvu": fvu, "attribution": attribution, "l0": l0_of(out, len(x))}
+    return weighted_by_gradient(sae, batch, alpha, use_in_selection, "attribution", 1)
 
 
 def gradient_weighted_loss(sae, batch, alpha: float = 0.1, use_in_selection: bool = False) -> dict[str, Tensor]:
@@ -227,12 +215,25 @@ def gradient_weighted_loss(sae, batch, alpha: float = 0.1, use_in_selection: boo
 
     Reductions as in `attribution_loss`.
     """
+    return weighted_by_gradient(sae, batch, alpha, use_in_selection, "weighted", 2)
+
+
+def weighted_by_gradient(sae, batch, alpha: float, use_in_selection: bool, name: str, power: int) -> dict[str, Tensor]:
+    """Batch FVU + α · Σ|(x − x̂) ⊙ g|ᵖ / Σ|(x − x̄) ⊙ g|ᵖ; ValueError if the stream gives no gradient."""
     real("alpha", alpha, 0), flag("use_in_selection", use_in_selection)
-    x, g, out = with_gradient(sae, batch, use_in_selection)
-    fvu = fvu_of(sae)(x, out.x_hat)
-    unit = ((x - x.mean(0)) * g).square().sum().clamp_min(1e-4 * sae.x_scale.square() * g.square().sum())
-    weighted = ((x - out.x_hat) * g).square().sum() / unit.clamp_min(torch.finfo(x.dtype).tiny)
-    return {"loss": fvu + alpha * weighted, "fvu": fvu, "weighted": weighted, "l0": l0_of(out, len(x))}
+    if not isinstance(batch, dict) or batch.get("grad") is None:
+        raise ValueError(f"{type(sae).__name__}: the batch has no 'grad'. {GRADIENTS}")
+    x, g = sae.rows(batch["x"]), sae.rows(batch["grad"]).detach()
+    if len(x) != len(g):
+        raise ValueError(
+            f"grad has shape {list(batch['grad'].shape)}: it has to be that of x, {list(batch['x'].shape)}"
+        )
+    out = sae(x, g if use_in_selection else None)
+    size = torch.abs if power == 1 else torch.square
+    least = size(0.01 * sae.x_scale) * size(g).sum()
+    unit = size((x - x.mean(0)) * g).sum().clamp_min(least).clamp_min(torch.finfo(x.dtype).tiny)
+    fvu, weighted = fvu_of(sae)(x, out.x_hat), size((x - out.x_hat) * g).sum() / unit
+    return {"loss": fvu + alpha * weighted, "fvu": fvu, name: weighted, "l0": l0_of(out, len(x))}
 
 
 NO_PENALTY = ("reconstruction_loss",), "it has no penalty that keeps the latents of this class sparse"

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .streams import without_first
 
+BY_LATENT = ("W_dec", "W_enc", "W_mag", "b_enc", "b_gate", "b_mag", "r_mag", "threshold")  # a subclass may have others
+
 
 class Optimizer:
     """Fused Adam over an SAE's parameters, with what comes before and after its step.
@@ -22,8 +24,11 @@ class Optimizer:
         others = [leaf for name, leaf in self.leaves.items() if name not in sae.in_units_of_x]
         self.adam = torch.optim.Adam([{"params": others}, {"params": scaled}], betas=betas, fused=True)
 
-    def update(self, loss: Tensor, lr: float, x_scale: float, clip: float) -> None:
-        """Backward, projection, clipping at a gradient norm, Adam, renormalisation."""
+    def update(self, loss: Tensor, lr: float, x_scale: float, clip: float, check=lambda norm: None) -> None:
+        """Backward, projection, clipping at a gradient norm, Adam, renormalisation.
+
+        check: called with the gradient norm; what it raises leaves the parameters as they are.
+        """
         parameters = list(self.sae.parameters())
         for p in parameters:
             p.grad = None
@@ -33,6 +38,7 @@ class Optimizer:
             if (bias := self.sae.get_parameter(name)).grad is not None:
                 bias.grad *= x_scale
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        check(norm)
         if norm.is_cuda or not norm <= clip:  # on a GPU asking costs more than multiplying by 1
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         for leaf, p in zip(self.leaves.values(), parameters):
@@ -69,11 +75,13 @@ def resample_dead(sae, x: Tensor, optimizer: Optimizer, generator: torch.Generat
     chosen = rows[torch.multinomial(weight, len(dead), generator=generator).to(rows.device)]
     directions = torch.nn.functional.normalize(chosen - sae.b_dec, dim=1)
     for name, parameter in sae.named_parameters():
+        if name not in BY_LATENT:
+            continue
         new, leaf = directions if name == "W_dec" else 0, optimizer.leaves[name]
         if name in ("W_enc", "W_mag"):
             new = 0.2 * parameter.norm(dim=0)[live if live.any() else slice(None)].mean() * directions
         by_latent = 0 if name == "W_dec" or leaf is not parameter else -1  # the axis
         moments = [(m, 0) for m in optimizer.adam.state[leaf].values() if m.ndim]
-        for tensor, value in [(leaf, new), *moments] if name != "b_dec" else []:
+        for tensor, value in [(leaf, new), *moments]:
             tensor.movedim(by_latent, 0)[dead] = value
     sae.tokens_since_fired[dead] = 0

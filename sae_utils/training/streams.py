@@ -10,7 +10,7 @@ from torch import Tensor
 from ..activations.store import Batches
 from ..saes.base import HIGH_NORM, high_norm, inference
 from ..values import whole
-from .losses import FLOATS, fvu_of
+from .losses import FLOATS, as_batch, fvu_of
 
 
 def warn_of_high_norms(x: Tensor, usual) -> bool:
@@ -51,34 +51,41 @@ def without(batch: dict, skipped: Tensor) -> dict:
 
 def as_stream(batches, batch_size: int | None, seed: int):
     """An iterable of batches; activations in one piece, an array or a store, are shuffled by the seed."""
+    form = f"batches is a {type(batches).__name__}"
     whole_array = getattr(batches, "ndim", 3) < 3 and hasattr(batches, "shape")
-    store = hasattr(batches, "batches") and hasattr(batches, "take")
-    if not whole_array and not store:
+    if not whole_array and not is_store(batches):
         if batch_size is not None:
             raise ValueError(f"batch_size={batch_size!r}: these batches come as they are; it is for arrays and stores")
         if isinstance(batches, (str, bytes, dict)) or not (
             hasattr(batches, "__iter__") or hasattr(batches, "__getitem__") or hasattr(batches, "from_step")
         ):
-            raise ValueError(
-                f"batches is a {type(batches).__name__}: it has to be activations [n, d_in], a store, or an iterable of batches"
-            )
+            raise ValueError(f"{form}: it has to be activations [n, d_in], a store, or an iterable of batches")
+        if is_store(getattr(batches, "dataset", None)):
+            raise ValueError(f"{form} over a store: give the store itself, and `batch_size` to `train`")
         return batches
-    if whole_array and not (isinstance(batches, (Tensor, np.ndarray)) and batches.ndim == 2 and len(batches) > 1):
-        raise ValueError(
-            f"batches is a {type(batches).__name__} {list(batches.shape)}: activations in one piece are a tensor or NumPy array "
-            f"[n, d_in], n at least 2"
-        )
     n = len(batches)
+    if whole_array:
+        if not (isinstance(batches, (Tensor, np.ndarray)) and batches.ndim == 2 and n > 1):
+            raise ValueError(
+                f"{form} {list(batches.shape)}: activations in one piece are a tensor or NumPy array [n, d_in], n at least 2"
+            )
+        tensor = torch.is_tensor(batches)
+        if not (batches.is_floating_point() if tensor else batches.dtype.name in FLOATS):
+            raise ValueError(
+                f"batches has dtype {batches.dtype}: activations are in floating point, {', '.join(FLOATS)}"
+            )
+        if tensor and batches.layout != torch.strided:
+            raise ValueError(f"batches is a tensor in the layout {batches.layout}: make it dense with `to_dense()`")
     batch_size = whole("batch_size", min(1024, n) if batch_size is None else batch_size, 2, n)
-    if store:
+    if not whole_array:
         return batches.batches(batch_size, seed)
-    if not (batches.is_floating_point() if torch.is_tensor(batches) else batches.dtype.name in FLOATS):
-        raise ValueError(f"batches has dtype {batches.dtype}: activations are in floating point, {', '.join(FLOATS)}")
-    if torch.is_tensor(batches):
-        take = lambda i: batches.detach()[torch.from_numpy(i).to(batches.device)]  # noqa: E731
-    else:
-        take = lambda i: batches[i]  # noqa: E731
-    return Batches(take, n, batch_size, seed)
+    if tensor:
+        return Batches(lambda i: batches.detach()[torch.from_numpy(i).to(batches.device)], n, batch_size, seed)
+    return Batches(lambda i: batches[i], n, batch_size, seed)
+
+
+def is_store(batches) -> bool:
+    return hasattr(batches, "batches") and hasattr(batches, "take")
 
 
 def stream(batches):
@@ -93,22 +100,43 @@ def stream(batches):
             if empty or iter(batches) is batches:  # a generator ends once and for all
                 return
 
-    iterator = batches.from_step(0) if hasattr(batches, "from_step") else again()
+    iterator = batches.from_step(0) if hasattr(batches, "from_step") else apart(again())
     first = next(iterator, None)
     if first is None:
         raise ValueError("batches is empty: it has to yield at least one [..., d_in] tensor or batch dict")
     return first, itertools.chain([first], iterator)
 
 
-def skip(batches, iterator, step: int, rng: Tensor):
-    """The iterator at batch `step`. A stream with `from_step` is asked for its place; any other is gone through.
+def apart(iterator):
+    """The batches of an iterator that draws by a random state of its own.
 
-    With `rng`, the random state at which the first batch came: a data loader then shuffles as it did.
+    What the training draws moves it in no way, so that it can be gone through again without the training.
     """
+    start = own = torch.get_rng_state()
+    for i in itertools.count():
+        outside = torch.get_rng_state()
+        torch.set_rng_state(own)
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            own = torch.get_rng_state()
+            torch.set_rng_state(outside)
+        if i == 0 and not torch.equal(own, start):  # the training must not draw the same numbers
+            torch.manual_seed(torch.initial_seed() + 1)
+        yield batch
+
+
+def skip(batches, iterator, step: int):
+    """The iterator at batch `step`. A stream with `from_step` is asked for its place; any other is gone through."""
     if hasattr(batches, "from_step"):
         return batches.from_step(step) if step else iterator
-    now = torch.get_rng_state()
-    torch.set_rng_state(rng)
     next(itertools.islice(iterator, step, step), None)
-    torch.set_rng_state(now)
     return iterator
+
+
+def on_device(batch, device) -> dict:
+    """A batch as `train` hands it to objectives: its tensors on the device, cut off from any graph that made them."""
+    batch = {key: v.detach().to(device) if torch.is_tensor(v) else v for key, v in as_batch(batch).items()}
+    return {key: v.clone() if torch.is_tensor(v) and v.is_inference() else v for key, v in batch.items()}
