@@ -128,7 +128,7 @@ def test_several_side_by_side_equal_each_alone():
 def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(tmp_path):
     path = tmp_path / "training"
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys; sys.path[:0] = sys.argv[1], sys.argv[1] + '/..'\n"
         "from test_training import *\n"
         "run(new_sae(), Stream(slow=0.02), checkpoint=sys.argv[2], checkpoint_every=5)"
     )
