@@ -114,8 +114,8 @@ def load_tokenizer(directory: Path):
     except Exception as error:  # whatever the two libraries raise for a file that they do not know
         reason = brief(error)
     names = sorted(f.name for f in model_files(directory) if ".safetensors" not in f.name and f.name != "config.json")
-    found = f"What transformers makes of {', '.join(names) or 'no files'}: {reason}"
-    raise ValueError(f"no tokenizer in {directory}: save one there (tokenizer.save_pretrained). {found}")
+    found = f". What transformers makes of {', '.join(names)}: {reason}" if names else ""
+    raise ValueError(f"no tokenizer in {directory}: save one there (tokenizer.save_pretrained){found}")
 
 
 def brief(error: Exception) -> str:

@@ -54,6 +54,10 @@ class ActivationStore:
             raise ValueError(f"hook_names={hook_names!r}: name at least one hook")
         for name in self.hook_names:
             check_hook(lm, name)
+        if held := [name for name, hook in lm.hook_dict.items() if hook.fwd_hooks or hook.bwd_hooks]:
+            raise ValueError(
+                f"the model has hooks of its own at {held[0]}, which would change what is stored: lm.reset_hooks()"
+            )
         self.skip, batch_rows = int(flag("skip_first", skip_first)), whole("batch_rows", batch_rows)
         self.rows = rows = token_rows(lm, rows)
         if (n_ctx := rows.shape[1]) < 1 + max(self.skip, flag("gradients", gradients)):
@@ -203,7 +207,7 @@ def token_rows(lm, rows) -> np.ndarray:
         found = f"rows has shape {list(rows.shape)} and type {rows.dtype}"
         raise ValueError(f"{found}: token rows are integers [n_rows, n_ctx], as `tokens` gives them")
     check_tokens(lm, rows)
-    return rows.astype(np.uint16 if lm.cfg.d_vocab <= 1 << 16 else np.uint32, copy=False)
+    return rows.astype(np.uint16 if lm.cfg.d_vocab <= 1 << 16 else np.uint32, copy=rows.flags.writeable)
 
 
 def numbers(name: str, values, n: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from ..activations.hooks import (
     run_spliced,
     token_loss,
 )
-from ..values import real, whole
+from ..values import flag, real, whole
 from .metrics import kl_divergence
 
 AT_ONCE = 2**22  # floats that the largest tensor of a chunk of interventions holds: 16 MiB, what a CPU keeps near
@@ -37,9 +37,7 @@ class Add:
     """
 
     def __init__(self, directions: Tensor):
-        if not isinstance(directions, Tensor) or directions.ndim != 2 or not directions.isfinite().all():
-            raise ValueError(f"directions are {described(directions)}: they have to be a finite tensor [n, d_in]")
-        self.directions = directions.detach()
+        self.directions = as_directions(directions)
 
     def __len__(self) -> int:
         return len(self.directions)
@@ -62,9 +60,12 @@ class SetLatent:
     """
 
     def __init__(self, sae, latents, values=0.0, keep_error: bool = True):
-        self.sae, self.keep_error = sae, keep_error
+        if not hasattr(sae, "W_dec"):
+            raise ValueError(f"sae={sae!r:.100} is not an SAE")
+        self.sae, self.keep_error = sae, flag("keep_error", keep_error)
         self.latents = check_latents(sae, latents)
-        values = [real("values", v) for v in np.atleast_1d(torch.as_tensor(values).cpu().numpy()).flat]
+        given = values.double().cpu() if isinstance(values, Tensor) else values
+        values = [real("values", v) for v in np.atleast_1d(given).flat]
         if len(values) not in (1, len(self.latents)):
             raise ValueError(f"{len(values)} values for {len(self.latents)} latents: give one for all, or one each")
         self.values = torch.tensor(values).to(sae.W_dec.device, sae.W_dec.dtype).expand(len(self.latents))
@@ -81,6 +82,21 @@ class SetLatent:
         now = f.expand(len(self), *f.shape[1:]).gather(-1, index)
         base = x if self.keep_error else self.sae.decode(f)
         return base + (self.values[:, None, None, None] - now) * self.sae.W_dec.detach()[self.latents][:, None, None]
+
+
+def as_directions(directions) -> Tensor:
+    """Directions [n, d_in] without gradient; ValueError for what is no such tensor, or not finite."""
+    if not isinstance(directions, Tensor) or directions.ndim != 2 or not directions.isfinite().all():
+        raise ValueError(f"directions are {described(directions)}: they have to be a finite tensor [n, d_in]")
+    return directions.detach()
+
+
+def check_edit(edit) -> None:
+    """ValueError for what is no intervention."""
+    if not callable(edit) or not hasattr(edit, "__len__") or not hasattr(edit, "__getitem__"):
+        raise ValueError(
+            f"edit={edit!r:.100} is no intervention: use Add(directions) or SetLatent(sae, latents, values)"
+        )
 
 
 def check_latents(sae, latents) -> Tensor:
@@ -127,7 +143,7 @@ def indices(name: str, values, n: int, where: str) -> Tensor:
 def as_tokens(lm, rows, n: int | None = None) -> Tensor:
     """Token ids [1 or n, contexts, n_ctx] on the model's device; ValueError for what are none of this model."""
     rows = rows if isinstance(rows, Tensor) else np.asarray(rows)
-    if rows.ndim not in (2, 3):
+    if rows.ndim not in (2, 3) or not min(rows.shape):
         raise ValueError(
             f"rows are {described(rows)}: they have to be tokens [contexts, n_ctx] or [n, contexts, n_ctx]"
         )
@@ -153,6 +169,7 @@ def steer(lm, rows, hook_name: str, edit, positions=None, at=None, at_once: int 
     0). at: positions whose predictions are wanted (default all but 0). part is a slice of interventions, with logits
     [part or 1, contexts, at, d_vocab], steered logits [part, ...], and norm [part]: mean ‖x_new − x‖ over the positions edited.
     """
+    check_edit(edit)
     rows = as_tokens(lm, rows, len(edit))
     n_contexts, n_ctx = rows.shape[1:]
     mask = check_positions(positions, n_ctx).to(rows.device)
@@ -182,6 +199,8 @@ def direct_logits(lm, directions: Tensor) -> Tensor:
 
     Only the last norm and the unembedding take part. Biases drop out; the scale is that of a residual stream which is d alone.
     """
+    weight = next(lm.parameters())
+    directions = as_directions(directions).to(weight.device, weight.dtype)
     norm = getattr(lm, "ln_final", torch.nn.Identity())  # GPT-1 has none
     direct = lm.unembed(norm(directions[None])) - lm.unembed(norm(torch.zeros_like(directions[None, :1])))
     return direct[0].float()
@@ -232,6 +251,7 @@ def effects(
     of these names. norm: mean ‖x_new − x‖ where edited, [n] or [n, 1]. logprob_per_norm: target_logprob / norm, nats per unit of x
     (0 where nothing was changed).
     """
+    check_edit(edit)
     sets = {"target_logprob": targets} | (also or {})
     sets = {name: check_targets(more, len(edit), lm.cfg.d_vocab).to(lm.cfg.device) for name, more in sets.items()}
     parts = []
@@ -256,7 +276,9 @@ def latent_effects(
     in nats, and tokens; each [n].
     """
     pushes = scaled(directions, norm).to(lm.cfg.device)
-    tokens = direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens
+    tokens = indices(
+        "targets", direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens, lm.cfg.d_vocab, "the vocabulary"
+    )
     found = effects(lm, rows, hook_name, Add(pushes), tokens[:, None], at_once=at_once)
     found["own_logprob"] = found["target_logprob"]
     return {name: found[name] for name in ("kl", "max_logit", "own_logprob")} | {"tokens": tokens}
@@ -264,11 +286,11 @@ def latent_effects(
 
 def scaled(directions: Tensor, norm: float) -> Tensor:
     """Directions [n, d_in] at length `norm`; ValueError for one of length 0."""
-    norm = real("norm", norm)
-    lengths = directions.detach().norm(dim=1, keepdim=True)
+    norm, directions = real("norm", norm), as_directions(directions)
+    lengths = directions.norm(dim=1, keepdim=True)
     if not (lengths > 0).all():
         raise ValueError(f"direction {int((lengths == 0).nonzero()[0, 0])} has length 0: it cannot be made {norm} long")
-    return norm * directions.detach() / lengths
+    return norm * directions / lengths
 
 
 @torch.no_grad()
@@ -286,7 +308,8 @@ def generate(
 
     check_hook(lm, hook_name)
     rows, n_new = as_tokens(lm, rows, len(edit)), whole("n_new", n_new)
-    temperature, seed = real("temperature", temperature, least=0), whole("seed", seed, least=0)
+    check_edit(edit)
+    temperature, seed = real("temperature", temperature, least=0), whole("seed", seed, 0, 2**63 - 1)
     cached = cached and cache_is_exact(lm)
     n_contexts, n_prompt = rows.shape[1:]
     if n_prompt + n_new > lm.cfg.n_ctx:
@@ -312,7 +335,7 @@ def generate(
             if temperature:
                 uniform = torch.rand(n_contexts, logits.shape[-1], generator=noise).clamp_min(1e-20)
                 gumbel = -(-uniform.log()).clamp_min(1e-20).log()
-                logits = logits / temperature + gumbel.to(logits.device).repeat(len(some), 1)
+                logits = logits / max(temperature, 1e-6) + gumbel.to(logits.device).repeat(len(some), 1)
             text = torch.cat([text, logits.argmax(-1, keepdim=True)], 1)
         done.append(text.unflatten(0, (len(some), n_contexts)))
     return torch.cat(done)

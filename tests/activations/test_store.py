@@ -411,3 +411,21 @@ def test_a_disk_too_small(tiny_gpt2, rows, own_cache, monkeypatch):
     assert len(ActivationStore(tiny_gpt2, rows, PRE)) == 35
     free(0)
     assert len(ActivationStore(tiny_gpt2, rows, PRE)) == 35  # it is there
+
+
+def test_a_model_with_hooks_of_its_own_is_not_stored(tiny_gpt2):
+    rows = np.arange(24).reshape(3, 8)
+    tiny_gpt2.add_hook("blocks.0.hook_mlp_out", lambda x, hook: x * 0)
+    try:
+        with pytest.raises(ValueError, match=r"hooks of its own at blocks\.0\..*mlp.*reset_hooks"):
+            ActivationStore(tiny_gpt2, rows, "blocks.1.hook_resid_pre")
+    finally:
+        tiny_gpt2.reset_hooks()
+    assert len(ActivationStore(tiny_gpt2, rows, "blocks.1.hook_resid_pre")) == 21
+
+
+def test_rows_that_change_afterwards_do_not_change_the_store(tiny_gpt2):
+    rows = np.arange(24, dtype=np.uint16).reshape(3, 8)
+    store = ActivationStore(tiny_gpt2, rows, "blocks.1.hook_resid_pre")
+    rows[:] = 0
+    assert store.take([0])["tokens"].tolist() == [1]

@@ -290,3 +290,32 @@ def test_success_rate_counts_continuations_only(tiny_gpt2):
     n = len(tiny_gpt2.tokenizer("raise raise")["input_ids"])
     assert success_rate(tiny_gpt2, text, n, CONCEPTS["raise"][1]).tolist() == [0]
     assert success_rate(tiny_gpt2, text, 0, CONCEPTS["raise"][1]).tolist() == [1]
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.double, torch.Tensor.bfloat16])
+def test_directions_of_any_type_are_pushed_alike(tiny_gpt2, kind):
+    directions, rows = torch.eye(16)[:2] + 0.5, np.arange(12).reshape(2, 6)
+    expected = latent_effects(tiny_gpt2, rows, HOOK, directions, 1.0)
+    found = latent_effects(tiny_gpt2, rows, HOOK, kind(directions), 1.0, tokens=expected["tokens"].tolist())
+    torch.testing.assert_close(found["kl"], expected["kl"], rtol=2e-2, atol=1e-4)
+
+
+def test_what_is_no_intervention_is_named(tiny_gpt2):
+    rows = np.arange(12).reshape(2, 6)
+    with pytest.raises(ValueError, match="is no intervention: use Add"):
+        effects(tiny_gpt2, rows, HOOK, lambda x: x, [[1]])
+    with pytest.raises(ValueError, match="is no intervention"):
+        generate(tiny_gpt2, rows, 2, HOOK, torch.ones(1, 16))
+    with pytest.raises(ValueError, match="sae='topk' is not an SAE"):
+        SetLatent("topk", [0])
+    for directions in (torch.ones(16), np.ones((1, 16)), torch.full((1, 16), float("nan"))):
+        with pytest.raises(ValueError, match=r"finite tensor \[n, d_in\]"):
+            latent_effects(tiny_gpt2, rows, HOOK, directions, 1.0)
+    with pytest.raises(ValueError, match="rows are .* tokens"):
+        generate(tiny_gpt2, np.zeros((2, 0), int), 2, HOOK, Add(torch.ones(1, 16)))
+
+
+def test_a_temperature_near_zero_is_greedy(tiny_gpt2):
+    rows, edit = np.arange(12).reshape(2, 6), Add(torch.ones(1, 16))
+    greedy = generate(tiny_gpt2, rows, 4, HOOK, edit, temperature=0)
+    assert torch.equal(generate(tiny_gpt2, rows, 4, HOOK, edit, temperature=1e-40), greedy)
