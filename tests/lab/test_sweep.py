@@ -336,7 +336,7 @@ if k > 8:
 
 
 def test_a_probe_says_what_a_run_then_takes(notebook, tmp_path, monkeypatch, capsys):
-    """Within 10% of the time, and 3% of memory and disk. A notebook that fails costs its row."""
+    """Within 10% of time and memory, and 3% of disk. A notebook that fails costs its row."""
     declared = PARAMETERS + "n_tokens: int = 300_000\nbatch_size: int = 1024\n"
     notebook("01_toy", GROWS, parameters=declared)
     plan = sweep.planned(toml(tmp_path, "[01_toy]\nk = [8, 9]\n"))
@@ -353,7 +353,7 @@ def test_a_probe_says_what_a_run_then_takes(notebook, tmp_path, monkeypatch, cap
     notebook("01_toy", GROWS.replace("k < 8", "k < 9"), parameters=declared)
     done = execute.run("01_toy")
     assert hours * 3600 == pytest.approx(done.manifest["wall_seconds"], rel=0.1)
-    assert memory * 2**30 == pytest.approx(done.manifest["peak_memory"], rel=0.03)
+    assert memory * 2**30 == pytest.approx(done.manifest["peak_memory"], rel=0.1)
     assert disk * 2**30 == pytest.approx(probe.size(tmp_path / "own", done.dir), rel=0.03)
     assert rows[-1][2:] == rows[0][2:]
 
