@@ -186,14 +186,18 @@ def lines_of(error) -> str:
 
 def warned(output: Path) -> list[str]:
     """What an executed notebook warned of, each warning once, so that it does not stay in the notebook alone."""
-    outputs = [out for cell in read_json(output)["cells"] for out in cell.get("outputs", [])] if output.exists() else []
+    outputs = [out for cell in executed_cells(output) for out in cell.get("outputs", [])]
     text = "".join("".join(out["text"]) for out in outputs if out.get("name") == "stderr")
     return list(dict.fromkeys(re.findall(r"UserWarning: (.+)", text)))
 
 
 def reached_a_cell(output: Path) -> bool:
-    cells = read_json(output)["cells"] if output.exists() else []
-    return any(cell["metadata"].get("papermill", {}).get("start_time") for cell in cells)
+    return any(cell["metadata"].get("papermill", {}).get("start_time") for cell in executed_cells(output))
+
+
+def executed_cells(output: Path) -> list[dict]:
+    """The cells of an executed notebook, none where there is no such file yet."""
+    return read_json(output)["cells"] if output.exists() else []
 
 
 def require(name: str, /, needs_saes: bool = True, **params) -> Run:

@@ -44,9 +44,13 @@ def parse_value(name: str, text: str, declared: str):
     kind, _, element = declared.rstrip("]").partition("[")
     try:
         if element:
-            inner = re.fullmatch(r"\s*\[?([^\[\]]*)\]?\s*", text)[1] if text.count("[") == text.count("]") else "?"
-            items = [item.strip().strip("'\"") for item in inner.split(",")] if inner.strip() else []
-            return [parse_value(name, item or "?", element) for item in items]
+            inner = re.fullmatch(r"\[([^\[\]]*)\]|([^\[\]]*)", text.strip())
+            items = [item.strip().strip("'\"") for item in (inner[1] or inner[2] or "").split(",")] if inner else [""]
+            if inner and items == [""]:
+                return []
+            if not all(items):
+                raise ValueError("a bracket or an item is missing")
+            return [parse_value(name, item, element) for item in items]
         if kind == "bool":
             return {"true": True, "false": False}[text.lower()]
         return {"int": int, "float": float, "str": str, "list": json.loads, "dict": json.loads}[kind](text)

@@ -858,6 +858,21 @@ def test_a_sweep_file_that_cannot_be_read_is_said_in_a_line(tmp_path, capsys, co
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("text", ["[a", "a]", "a,,b", "[a,]", "][", "[[a]]"])
+def test_a_list_of_texts_that_is_cut_or_has_a_hole_is_refused(text):
+    with pytest.raises(ValueError, match="-p names .* is declared list"):
+        sweep.parse_value("names", text, "list[str]")
+
+
+def test_a_list_of_texts_may_be_empty_or_in_brackets():
+    assert sweep.parse_value("names", "", "list[str]") == sweep.parse_value("names", "[]", "list[str]") == []
+    assert (
+        sweep.parse_value("names", "['a', b]", "list[str]")
+        == sweep.parse_value("names", "a,b", "list[str]")
+        == ["a", "b"]
+    )
+
+
 def test_a_parameter_given_twice_is_refused(notebook):
     notebook("01_toy")
     with pytest.raises(ValueError, match="-p k is given more than once"):
