@@ -39,7 +39,7 @@ interop: .venv-interop/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/nbstripout --verify --keep-id --extra-keys metadata.papermill notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --keep-id --extra-keys metadata.papermill notebooks/*.ipynb notebooks/studies/*.ipynb
 
 # torch first: pip then takes the build that is there for every other package's "torch>=..."
 $(VENV)/ready: requirements.txt pyproject.toml

@@ -11,7 +11,7 @@ import torch
 from nbval.plugin import IPyNbCell
 from papermill.translators import PythonTranslator
 
-from sae_utils.lab.parameters import combinations, notebooks_dir, read_sweep
+from sae_utils.lab.parameters import combinations, notebooks, read_sweep
 
 FAST = Path(__file__).parent / "tests" / "fast.toml"
 
@@ -33,9 +33,10 @@ def pytest_collection_modifyitems(config, items):
     if deselected := [item for item in items if any(map(item.get_closest_marker, absent))]:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
+    items.sort(key=lambda item: item.path.name == "test_studies.py")  # last: it reads the runs that nbval made
     for item in items:
         if isinstance(item, IPyNbCell) and "parameters" in item.cell.metadata.get("tags", []):
-            if item.path.parent.resolve() == notebooks_dir():
+            if notebooks().get(item.path.stem) == item.path.resolve():
                 try:
                     fast = combinations(read_sweep(os.environ["SAE_UTILS_TIER"]), item.path.stem)[0]
                 except (KeyError, TypeError, ValueError, FileNotFoundError) as error:

@@ -41,13 +41,25 @@ def notebooks_dir() -> Path:
     return Path(os.environ.get("SAE_UTILS_NOTEBOOKS") or ROOT / "notebooks").expanduser().resolve()
 
 
+def notebooks() -> dict[str, Path]:
+    """{name: file} of the chapters and, behind them, of the studies; ValueError if two have one name."""
+    files = [
+        file for part in ("", "studies") for file in sorted((notebooks_dir() / part).glob("*.ipynb")) if file.is_file()
+    ]
+    if twice := {file.stem for file in files if [other.stem for other in files].count(file.stem) > 1}:
+        raise ValueError(
+            f"{notebooks_dir()}: {', '.join(sorted(twice))} is a chapter and a study. Runs need a name for each"
+        )
+    return {file.stem: file for file in files}
+
+
 def notebook_path(name: str) -> Path:
-    """The file of a notebook given by its name (`"01_train_topk"`); FileNotFoundError lists those there are."""
-    names = sorted(file.stem for file in notebooks_dir().glob("*.ipynb") if file.is_file())
-    if name not in names:  # a path such as "../other" is none of them
-        directory, there = notebooks_dir(), ", ".join(names) or "no notebook"
-        raise FileNotFoundError(f"no notebook {name!r} in {directory}{near(name, names)}: it has {there}")
-    return notebooks_dir() / f"{name}.ipynb"
+    """The file of a notebook given by its name, `"01_train_topk"` or `"02_gated"`; FileNotFoundError lists those there are."""
+    found = notebooks()
+    if name not in found:  # a path such as "../other" is none of them
+        directory, there = notebooks_dir(), ", ".join(found) or "no notebook"
+        raise FileNotFoundError(f"no notebook {name!r} in {directory}{near(name, found)}: it has {there}")
+    return found[name]
 
 
 def code_cells(path) -> list[tuple[list[str], str]]:
@@ -258,7 +270,7 @@ def read_sweep(path) -> dict[str, dict]:
         if table != "shared":
             notebook_path(table)
     shared = tables.get("shared", {})
-    names = set(tables) - {"shared"} or {file.stem for file in notebooks_dir().glob("*.ipynb")}
+    names = set(tables) - {"shared"} or set(notebooks())
     declared = {name for notebook in names if shared for name in parameters_of(notebook_path(notebook))}
     for name in shared:
         if name not in declared:
@@ -268,8 +280,8 @@ def read_sweep(path) -> dict[str, dict]:
 
 def instead_of(path) -> str:
     """What was meant, as far as the name of what is no sweep file shows it: a notebook, or a sweep file of the repository."""
-    name, notebooks = Path(path).stem, [file.stem for file in notebooks_dir().glob("*.ipynb")]
-    if found := difflib.get_close_matches(name, notebooks, 1):
+    name = Path(path).stem
+    if found := difflib.get_close_matches(name, notebooks(), 1):
         return f". One notebook is executed by: python -m sae_utils.sweep run {found[0]}"
     sweeps = {} if Path(path).exists() else {file.stem: file for file in (ROOT / "sweeps").glob("*.toml")}
     found = difflib.get_close_matches(name, sweeps, 1)

@@ -32,6 +32,7 @@ from .parameters import (
     defaults,
     label,
     notebook_path,
+    notebooks,
     notebooks_dir,
     read_sweep,
 )
@@ -78,7 +79,7 @@ def notebook_name(text: str) -> str:
     path = Path(text)
     if path.suffix == ".toml":
         raise ValueError(f"{text} is a sweep file, not a notebook: leave out `run`")
-    if path.suffix == ".ipynb" and path.resolve().parent != notebooks_dir():
+    if path.suffix == ".ipynb" and notebooks().get(path.stem) != path.resolve():
         raise ValueError(f"{text} is not in {notebooks_dir()}")
     return path.stem if path.suffix == ".ipynb" else text
 

@@ -14,7 +14,7 @@ import pytest
 from sae_utils.files import ROOT
 from sae_utils.lab import execute, parameters, sweep
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 FAST = ROOT / "tests" / "fast.toml"
 ALWAYS = {
     "model",

@@ -17,7 +17,7 @@ import pytest
 from sae_utils.activations.model_files import model_hash
 from sae_utils.files import PACKAGE, ROOT, digest, file_hash, write_json
 from sae_utils.lab import parameters, runs
-from sae_utils.lab.parameters import Parameter, notebook_path, parameters_of
+from sae_utils.lab.parameters import Parameter, notebook_path, notebooks, parameters_of
 from sae_utils.lab.runs import find_run, plain, run_id, start_run
 
 PARAMETERS = """
@@ -88,6 +88,16 @@ def test_an_unknown_notebook_is_answered_with_the_near_one(notebook):
     notebook("01_train_topk")
     with pytest.raises(FileNotFoundError, match="did you mean '01_train_topk'"):
         notebook_path("01_train_tpok")
+
+
+def test_studies_are_found_behind_the_chapters_and_no_two_share_a_name(notebook, tmp_path):
+    chapter = notebook("02_toy")
+    (tmp_path / "studies").mkdir()
+    study = Path(shutil.copy(chapter, tmp_path / "studies" / "01_study.ipynb"))
+    assert list(notebooks()) == ["02_toy", "01_study"] and notebook_path("01_study") == study
+    shutil.copy(chapter, tmp_path / "studies")
+    with pytest.raises(ValueError, match="02_toy is a chapter and a study"):
+        notebook_path("02_toy")
 
 
 def test_the_id_changes_with_code_parameters_text_and_model_only(notebook, tmp_path):

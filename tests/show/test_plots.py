@@ -91,7 +91,7 @@ def test_a_table_is_shaded_and_leaves_empty_what_is_missing():
     assert frame.columns[0] == "<b>", "the caller's table stays as it is"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").rglob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_make_html_by_these_helpers_alone(path):
     """In cells and in the solutions of exercises. The one Markdown is the table of claims, which holds no text of tokens."""
     folded = ["".join(cell["source"]) for cell in read_json(path)["cells"] if cell["cell_type"] == "markdown"]
