@@ -1,4 +1,4 @@
-"""Where the directions of dictionaries lie, in one and between two: cosines, a matching, a map, intervals (arXiv 2405.12241).
+"""Where the directions of dictionaries lie: cosines within one and between two, a matching, intervals (arXiv 2405.12241).
 
 A dictionary is the rows of W_dec, [d_sae, d_in], or an SAE.
 """
@@ -6,7 +6,6 @@ A dictionary is the rows of W_dec, [d_sae, d_in], or an SAE.
 import numpy as np
 import torch
 from scipy import optimize, stats
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 CHUNK = 2048  # latents whose cosines with all others are computed at a time
@@ -21,94 +20,61 @@ def directions(dictionary) -> Tensor:
     return W / norms
 
 
-def both(a, b) -> tuple[Tensor, Tensor]:
-    """The directions of two dictionaries; ValueError if they lie in different spaces."""
+def cosines(a, b):
+    """Yields cos(a_i, b_j) for CHUNK latents of a at a time, [≤ CHUNK, d_sae of b]. ValueError if the two d_in differ."""
     A, B = directions(a), directions(b)
     if A.shape[1] != B.shape[1]:
         raise ValueError(f"d_in {A.shape[1]} and {B.shape[1]}: directions of different spaces have no cosine")
-    return A, B
-
-
-def max_cosine_within(dictionary) -> Tensor:
-    """max over j ≠ i of cos(d_i, d_j), [d_sae]: how near each latent has a neighbour in its own dictionary.
-
-    >>> max_cosine_within(torch.tensor([[2.0, 0.0], [3.0, 4.0], [0.0, 1.0]]))
-    tensor([0.6000, 0.8000, 0.8000])
-    """
-    D = directions(dictionary)
-    if len(D) < 2:
-        raise ValueError("a dictionary of one latent has no neighbours in it")
-    found = []
-    for start in range(0, len(D), CHUNK):
-        cosines = D[start : start + CHUNK] @ D.T
-        cosines.diagonal(start).fill_(-2)
-        found.append(cosines.amax(1))
-    return torch.cat(found)
+    return (part @ B.T for part in A.split(CHUNK))
 
 
 def max_cosine(a, b) -> Tensor:
     """max over j of cos(a_i, b_j), [d_sae of a]. Not symmetric: all of a may be in a b that holds much else."""
-    A, B = both(a, b)
-    return torch.cat([(part @ B.T).amax(1) for part in A.split(CHUNK)])
+    return torch.cat([part.amax(1) for part in cosines(a, b)])
+
+
+def max_cosine_within(dictionary) -> Tensor:
+    """max over j ≠ i of cos(d_i, d_j), [d_sae]: how near each latent has a neighbour in its own dictionary, −inf for a lone latent.
+
+    >>> max_cosine_within(torch.tensor([[2.0, 0.0], [3.0, 4.0], [0.0, 1.0]]))
+    tensor([0.6000, 0.8000, 0.8000])
+    """
+    found = []
+    for i, part in enumerate(cosines(dictionary, dictionary)):
+        part.diagonal(i * CHUNK).fill_(-torch.inf)
+        found.append(part.amax(1))
+    return torch.cat(found)
 
 
 def matching(a, b) -> tuple[Tensor, Tensor]:
     """The one-to-one pairing of latents with the largest total cosine.
 
-    Returns (partner, cosine), each [d_sae of a]: the partner's index in b, and −1 and nan for a latent without one. All
-    cosines are held in fp64, 8 bytes a pair: 2 GiB for 16,384 latents a side.
+    Returns (partner, cosine), each [d_sae of a]: the partner's index in b, and −1 and nan for a latent without one. Holds all
+    cosines, 12 bytes a pair: 3 GiB for 16,384 latents a side.
     """
-    A, B = both(a, b)
-    cost = np.empty((len(A), len(B)))
-    for start in range(0, len(A), CHUNK):
-        cost[start : start + CHUNK] = -(A[start : start + CHUNK] @ B.T).cpu()
-    mine, theirs = optimize.linear_sum_assignment(cost)
-    partner, cosine = torch.full((len(A),), -1), torch.full((len(A),), torch.nan)
-    partner[mine] = torch.from_numpy(theirs)
-    cosine[mine] = (A[mine] * B[theirs]).sum(1).cpu()
+    cost = -torch.cat([part.cpu() for part in cosines(a, b)])
+    mine, theirs = map(torch.from_numpy, optimize.linear_sum_assignment(cost.numpy()))
+    partner, cosine = torch.full((len(cost),), -1), torch.full((len(cost),), torch.nan)
+    partner[mine], cosine[mine] = theirs, -cost[mine, theirs]
     return partner, cosine
 
 
-def bootstrap(
-    values, statistic=np.mean, *, n: int = 2000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
+def bootstrap(values, statistic=np.mean, *, n=2000, level=0.95, seed=0) -> tuple[float, float, float]:
     """(statistic, low, high): the percentile interval over n resamples of the values with replacement.
 
     values: [n_values], or a pair of such arrays for the difference of their statistics, resampled apart. The interval says how
-    exact the number is for these latents (or seeds), not whether another training would give the same.
-    Raises ValueError for no values.
+    exact the number is for these latents (or seeds), not whether another training would give the same. ValueError for no values.
 
     >>> bootstrap([1.0, 2.0, 3.0, 4.0])
     (2.5, 1.5, 3.5)
     """
-    samples = values if isinstance(values, tuple) else (values,)
-    samples = [np.asarray(s, dtype=float) for s in samples]
-    if not all(len(s) for s in samples):
-        raise ValueError("values is empty: there is nothing to resample")
+    samples = [np.asarray(sample, float) for sample in (values if isinstance(values, tuple) else (values,))]
+    # scipy asks for two values or more, and one value given twice has the same resamples
+    doubled = [np.repeat(sample, 2) if len(sample) == 1 else sample for sample in samples]
 
     def value(one, *other):
         return statistic(one) - statistic(*other) if other else statistic(one)
 
-    at_least_two = [
-        np.repeat(s, 2) if len(s) == 1 else s for s in samples
-    ]  # scipy asks for two; resamples stay the same
-    low, high = stats.bootstrap(
-        at_least_two,
-        value,
-        n_resamples=n,
-        batch=100,
-        vectorized=False,
-        confidence_level=level,
-        method="percentile",
-        rng=seed,
-    ).confidence_interval
-    return float(value(*samples)), float(low), float(high)
-
-
-def pca_map(a, b) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both dictionaries in the plane of largest variance of all their directions: ([d_sae of a, 2], [d_sae of b, 2], share
-    of variance of the two axes [2]). Signs: each axis has its largest loading positive."""
-    A, B = both(a, b)
-    pca = PCA(2, svd_solver="covariance_eigh")  # exact at any size
-    at = pca.fit_transform(torch.cat([A, B]).double().cpu().numpy())
-    return at[: len(A)], at[len(A) :], pca.explained_variance_ratio_
+    settings = {"n_resamples": n, "confidence_level": level, "method": "percentile", "rng": seed}
+    interval = stats.bootstrap(doubled, value, vectorized=False, batch=100, **settings).confidence_interval
+    return float(value(*samples)), float(interval.low), float(interval.high)

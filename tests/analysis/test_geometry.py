@@ -9,14 +9,7 @@ import torch
 
 from sae_utils import TopKSAE
 from sae_utils.analysis import geometry
-from sae_utils.analysis.geometry import (
-    bootstrap,
-    directions,
-    matching,
-    max_cosine,
-    max_cosine_within,
-    pca_map,
-)
+from sae_utils.analysis.geometry import bootstrap, directions, matching, max_cosine, max_cosine_within
 
 
 def at(*degrees):
@@ -36,8 +29,7 @@ def chunked(request, monkeypatch):
 
 def test_nearest_in_ones_own_dictionary(chunked):
     torch.testing.assert_close(max_cosine_within(at(0.0, 30.0, 90.0, 200.0, 150.0)), cos(30.0, 30.0, 60.0, 50.0, 50.0))
-    with pytest.raises(ValueError, match="no neighbours"):
-        max_cosine_within(at(0.0))
+    assert max_cosine_within(at(0.0)).tolist() == [-math.inf]
 
 
 def test_opposite_directions_are_far():
@@ -113,26 +105,8 @@ def test_bootstrap_of_a_difference_and_of_nothing():
     assert value == 1 and low == -1 and high == 3
     assert bootstrap(np.full(5, 2.0)) == (2, 2, 2) == bootstrap([2.0])
     assert bootstrap(a, np.median, seed=1) == bootstrap(a, np.median, seed=1)
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="two or more"):
         bootstrap([])
-
-
-def test_the_map_keeps_what_lies_in_a_plane():
-    """Directions of a plane in 5 dimensions: the map is that plane, distances and all."""
-    generator = torch.Generator().manual_seed(0)
-    plane = torch.linalg.qr(torch.randn(5, 2, generator=generator)).Q
-    a, b = at(0.0, 40.0, 100.0) @ plane.T, at(10.0, 250.0) @ plane.T
-    ours, theirs, share = pca_map(a, b)
-    assert ours.shape == (3, 2) and theirs.shape == (2, 2) and share.sum() == pytest.approx(1) and share[0] >= share[1]
-    D = directions(torch.cat([a, b])).numpy()
-    mapped = np.concatenate([ours, theirs])
-    np.testing.assert_allclose(
-        np.linalg.norm(mapped[:, None] - mapped[None], axis=-1),
-        np.linalg.norm(D[:, None] - D[None], axis=-1),
-        atol=1e-5,
-    )
-    again = pca_map(a, b)
-    assert np.array_equal(again[0], ours)
 
 
 def test_an_sae_is_its_decoder_and_zero_rows_are_refused():
