@@ -23,20 +23,19 @@ def next_token(lm, contexts: Tensor, batch_rows: int = 64) -> Tensor:
     return p.unflatten(0, contexts.shape[:-1]).mean(-2)
 
 
-def with_targets(
-    lm, directions: Tensor, windows: Tensor, strength_there: Tensor, usual: Tensor, n_own: int, n=10
-) -> dict:
-    """Each direction's own contexts, and two sets of n target tokens, for directions [n_directions, d_in].
+def with_targets(lm, directions: Tensor, windows: Tensor, strength_there: Tensor, usual: Tensor, n_own: int) -> dict:
+    """For directions [n, d_in] their own contexts and two sets of ten target tokens: {"directions", "own", "writes", "follows"}.
 
-    windows [n_windows, n_prompt]: contexts to choose from. strength_there [n_windows, n_directions]: how strong each direction is
-    on their last tokens. usual [d_vocab]: `next_token` of contexts drawn at random.
-    Returns directions; own [n_directions, n_own, n_prompt], the windows where each is strongest; writes [n_directions, n], the
-    tokens of its largest `direct_logits`; follows, those whose probability after its own contexts exceeds the usual one most.
+    windows [n_windows, n_prompt]: contexts to choose from. strength_there [n_windows, n]: how strong each direction is on their
+    last tokens. usual [d_vocab]: `next_token` of contexts drawn at random.
+    own [n, n_own, n_prompt]: the windows where a direction is strongest. writes [n, 10]: the tokens of its largest `direct_logits`.
+    follows [n, 10]: those whose probability after its own contexts exceeds the usual one most.
     """
     own = windows[strength_there.topk(n_own, dim=0).indices.T.cpu()]
-    writes, follows = steering.direct_logits(lm, directions), next_token(lm, own) - usual
-    found = {"writes": writes.topk(n).indices, "follows": follows.topk(n).indices}
-    return {"directions": directions, "own": own} | found
+    writes, follows = (
+        scores.topk(10).indices for scores in (steering.direct_logits(lm, directions), next_token(lm, own) - usual)
+    )
+    return {"directions": directions, "own": own, "writes": writes, "follows": follows}
 
 
 def dose_response(
@@ -65,8 +64,8 @@ def useful_range(strengths, effect, nats, factor: float = 2.0) -> tuple[float, f
     """(the largest effect to be had before fluency breaks, the strength at which it breaks), linearly interpolated.
 
     Fluency breaks where the perplexity of what is generated is first `factor` times that without steering, and at the last strength
-    if it never does. strengths rise from 0; effect and nats, the mean cross-entropy of generations, [n_strengths]. Raises
-    ValueError for strengths that do not rise, or do not begin at 0.
+    if it never does. strengths, effect and nats are [n_strengths] each; nats is the mean cross-entropy of generations. Raises
+    ValueError for strengths that do not rise from 0.
 
     >>> useful_range([0, 1, 2], effect=[0.0, 2.0, 4.0], nats=[1.0, 1.0, 3.0], factor=math.e)
     (3.0, 1.5)

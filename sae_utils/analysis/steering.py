@@ -110,7 +110,7 @@ def check_latents(sae, latents) -> Tensor:
     latents = indices("latents", latents, sae.d_sae, "this SAE").flatten().to(sae.W_dec.device)
     if len(dead := latents[sae.dead()[latents]]):
         raise ValueError(
-            f"latent {int(dead[0])} is dead: it did not fire in the last {sae.dead_after:,} training tokens"
+            f"latent {int(dead[0])} is dead: it never fired in the last {sae.dead_after:,} training tokens"
         )
     return latents
 

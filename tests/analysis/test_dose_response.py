@@ -75,11 +75,11 @@ def test_own_contexts_and_targets_by_hand(tiny_gpt2):
     torch.testing.assert_close(next_token(tiny_gpt2, windows, batch_rows=4), p.mean(0))
     torch.testing.assert_close(next_token(tiny_gpt2, windows.view(2, 3, 5)), p.view(2, 3, -1).mean(1))
     directions, strength = torch.randn(2, 16), torch.tensor([[0.0, 9], [5, 1], [1, 2], [7, 0], [2, 8], [6, 3]])
-    found = with_targets(tiny_gpt2, directions, windows, strength, p.mean(0), n_own=3, n=4)
+    found = with_targets(tiny_gpt2, directions, windows, strength, p.mean(0), n_own=3)
     for i, own in enumerate(([3, 5, 1], [0, 4, 5])):
         assert torch.equal(found["own"][i], windows[own])
-        assert torch.equal(found["follows"][i], (p[own].mean(0) - p.mean(0)).topk(4).indices)
-    assert torch.equal(found["writes"], direct_logits(tiny_gpt2, directions).topk(4).indices)
+        assert torch.equal(found["follows"][i], (p[own].mean(0) - p.mean(0)).topk(10).indices)
+    assert torch.equal(found["writes"], direct_logits(tiny_gpt2, directions).topk(10).indices)
 
 
 def test_a_dose_is_what_steering_does_at_one_strength(tiny_gpt2):
