@@ -52,19 +52,6 @@ def lines(x, curves: dict, *, title: str, xlabel: str, ylabel: str, logx=False, 
     return ax.figure
 
 
-def density_histogram(densities: dict, *, title: str, ax=None):
-    """How often latents fire: log₁₀ of the share of tokens, one histogram per SAE; latents that never fire are counted apart."""
-    ax = ax or plt.subplots(layout="constrained")[1]
-    for label, density in densities.items():
-        density = np.asarray(density)
-        fired = density[density > 0]
-        name, colour = f"{label} ({len(density) - len(fired)} never fire)", COLOURS.get(label)
-        ax.hist(np.log10(fired), np.linspace(-6, 0, 49), histtype="step", linewidth=1.8, label=name, color=colour)
-    ax.set(title=title, xlabel="log₁₀ of the share of tokens on which a latent fires", ylabel="latents")
-    ax.legend(frameon=False)
-    return ax.figure
-
-
 def pareto(curves: dict, points: dict, *, title: str, hollow=()):
     """CE lost and FVU against L0, both axes logarithmic: lower is better, and equal steps are equal ratios.
 
