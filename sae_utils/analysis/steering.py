@@ -1,14 +1,11 @@
 """Steering: push an activation along a direction, or set a latent, and measure what the model then says.
 
-Everything is batched over n interventions × contexts, in chunks that fit memory. In a forward pass only the layers after a
-residual hook run. In generation every step runs on the new tokens alone, by Hugging Face's KV cache. Position 0 is an outlier in
-most models and is left alone by default. The steering formula of arXiv 2411.10397 is not known; what is here is ours.
+n interventions act on all contexts at once, in chunks that fit memory. A forward pass runs only the layers after a residual
+hook, and generation only the new token of every step, by Hugging Face's KV cache. Position 0 is an outlier in most models and is
+left alone by default. The steering formula of arXiv 2411.10397 is not known; what is here is ours.
 """
 
 import contextlib
-import itertools
-import math
-import re
 
 import numpy as np
 import torch
@@ -55,20 +52,17 @@ class Add:
 class SetLatent:
     """Set latent i to a value v: x + (v − f_i(x)) W_dec[i], or x̂ + (v − f_i(x)) W_dec[i] without the SAE's error.
 
-    latents: indices [n]; values: a number or [n], where 0 ablates. Raises ValueError for an index outside the dictionary or a
-    dead latent.
+    latents: indices [n]; values: a finite number or [n], where 0 ablates. Raises ValueError for an index outside the dictionary
+    or a dead latent.
     """
 
     def __init__(self, sae, latents, values=0.0, keep_error: bool = True):
-        if not hasattr(sae, "W_dec"):
-            raise ValueError(f"sae={sae!r:.100} is not an SAE")
         self.sae, self.keep_error = sae, flag("keep_error", keep_error)
         self.latents = check_latents(sae, latents)
-        given = values.double().cpu() if isinstance(values, Tensor) else values
-        values = [real("values", v) for v in np.atleast_1d(given).flat]
-        if len(values) not in (1, len(self.latents)):
-            raise ValueError(f"{len(values)} values for {len(self.latents)} latents: give one for all, or one each")
-        self.values = torch.tensor(values).to(sae.W_dec.device, sae.W_dec.dtype).expand(len(self.latents))
+        values = torch.as_tensor(values).to(sae.W_dec.device, sae.W_dec.dtype).reshape(-1)
+        if len(values) not in (1, len(self.latents)) or not values.isfinite().all():
+            raise ValueError(f"values={values.tolist()}: one finite number, or one for each of {len(self)} latents")
+        self.values = values.expand(len(self.latents))
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -91,12 +85,24 @@ def as_directions(directions) -> Tensor:
     return directions.detach()
 
 
-def check_edit(edit) -> None:
-    """ValueError for what is no intervention."""
-    if not callable(edit) or not hasattr(edit, "__len__") or not hasattr(edit, "__getitem__"):
-        raise ValueError(
-            f"edit={edit!r:.100} is no intervention: use Add(directions) or SetLatent(sae, latents, values)"
-        )
+def scaled(directions: Tensor, norm: float) -> Tensor:
+    """Directions [n, d_in] at length `norm`; ValueError for one of length 0."""
+    norm, directions = real("norm", norm), as_directions(directions)
+    lengths = directions.norm(dim=1, keepdim=True)
+    if not (lengths > 0).all():
+        raise ValueError(f"direction {int((lengths == 0).nonzero()[0, 0])} has length 0: it cannot be made {norm} long")
+    return norm * directions / lengths
+
+
+def indices(name: str, values, n: int, where: str) -> Tensor:
+    """Whole numbers from 0 to n − 1, as a tensor of their shape; ValueError for others, and for none at all."""
+    found = torch.as_tensor(values if hasattr(values, "dtype") or np.isscalar(values) else list(values))
+    if found.is_floating_point() or found.dtype == torch.bool or not found.numel():
+        raise ValueError(f"{name}={values!r}: they have to be whole numbers from 0 to {n - 1}, at least one")
+    found = found.long()
+    if len(outside := found[(found < 0) | (found >= n)]):
+        raise ValueError(f"{name}: {int(outside[0])} is outside {where}; allowed are 0 to {n - 1}")
+    return found
 
 
 def check_latents(sae, latents) -> Tensor:
@@ -104,9 +110,15 @@ def check_latents(sae, latents) -> Tensor:
     latents = indices("latents", latents, sae.d_sae, "this SAE").flatten().to(sae.W_dec.device)
     if len(dead := latents[sae.dead()[latents]]):
         raise ValueError(
-            f"latent {int(dead[0])} is dead: it did not fire in the last {sae.dead_after:,} training tokens"
+            f"latent {int(dead[0])} is dead: it never fired in the last {sae.dead_after:,} training tokens"
         )
     return latents
+
+
+def check_edit(edit) -> None:
+    """ValueError for what is no intervention, such as a plain function."""
+    if not callable(edit) or not hasattr(edit, "__len__"):
+        raise ValueError(f"edit={edit!r:.100} is no intervention: use Add(directions) or SetLatent(sae, latents)")
 
 
 def check_positions(positions, n_ctx: int, name: str = "positions") -> Tensor:
@@ -116,40 +128,13 @@ def check_positions(positions, n_ctx: int, name: str = "positions") -> Tensor:
     return mask
 
 
-def check_targets(targets, n: int, d_vocab: int) -> Tensor:
-    """Tokens [n, n_targets], a row for each intervention; ValueError for others."""
-    found = indices("targets", targets, d_vocab, "the vocabulary")
-    if found.ndim != 2 or len(found) != n:
-        raise ValueError(
-            f"targets have shape {list(found.shape)}: they have to be [{n}, n_targets], a row for each intervention"
-        )
-    return found
-
-
-def indices(name: str, values, n: int, where: str) -> Tensor:
-    """Whole numbers from 0 to n − 1, as a tensor of their shape; ValueError for others, and for none at all."""
-    try:
-        found = torch.as_tensor(values if hasattr(values, "dtype") or np.isscalar(values) else list(values))
-        integer = not (found.is_floating_point() or found.dtype == torch.bool) and found.numel()
-    except (TypeError, ValueError, RuntimeError):
-        integer = False
-    if not integer:
-        raise ValueError(f"{name}={values!r}: they have to be whole numbers from 0 to {n - 1}, at least one")
-    if len(outside := found[(found < 0) | (found >= n)]):
-        raise ValueError(f"{name}: {int(outside[0])} is outside {where}; allowed are 0 to {n - 1}")
-    return found.long()
-
-
 def as_tokens(lm, rows, n: int | None = None) -> Tensor:
     """Token ids [1 or n, contexts, n_ctx] on the model's device; ValueError for what are none of this model."""
-    rows = rows if isinstance(rows, Tensor) else np.asarray(rows)
-    if rows.ndim not in (2, 3) or not min(rows.shape):
-        raise ValueError(
-            f"rows are {described(rows)}: they have to be tokens [contexts, n_ctx] or [n, contexts, n_ctx]"
-        )
-    check_tokens(lm, rows.reshape(-1, rows.shape[-1]))
-    rows = torch.as_tensor(rows if isinstance(rows, Tensor) else rows.astype("int64")).long().to(lm.cfg.device)
-    rows = rows if rows.ndim == 3 else rows[None]
+    rows = rows if isinstance(rows, Tensor) else torch.tensor(np.asarray(rows))
+    if rows.ndim not in (2, 3):
+        raise ValueError(f"rows are {described(rows)}: tokens are [contexts, n_ctx] or [n, contexts, n_ctx]")
+    check_tokens(lm, rows.flatten(0, -2))
+    rows = rows.long().reshape(-1, *rows.shape[-2:]).to(lm.cfg.device)
     if n and len(rows) not in (1, n):
         raise ValueError(f"rows hold contexts for {len(rows)} interventions, but there are {n}")
     return rows
@@ -158,7 +143,7 @@ def as_tokens(lm, rows, n: int | None = None) -> Tensor:
 def parts_of(n: int, at_once: int, entries: int) -> list[slice]:
     """n interventions in parts whose tensors hold `at_once` entries at most, where one intervention has so many `entries`."""
     size = max(1, at_once // entries)
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    return [slice(start, start + size) for start in range(0, n, size)]
 
 
 @torch.no_grad()
@@ -240,28 +225,32 @@ def specificity(logits: Tensor, new: Tensor, targets: Tensor) -> Tensor:
 
 
 def effects(
-    lm, rows, hook_name: str, edit, targets, positions=None, at=None, *, also=None, each_context=False, at_once=AT_ONCE
+    lm, rows, hook_name: str, edit, targets, positions=None, at=None, *, each_context=False, at_once=AT_ONCE
 ) -> dict[str, Tensor]:
     """What n interventions do to the predictions: means over the positions `at` and the contexts, each [n] on the CPU.
 
-    targets [n, n_targets]: tokens of each intervention. rows, positions, at: as in `steer`. also {name: targets}: further sets of
-    tokens, of which `target_logprob` is measured under that name. each_context: means over positions alone, [n, contexts].
+    targets: tokens of each intervention, [n, n_targets], or several such sets, {name: [n, n_targets]}. rows, positions, at: as in
+    `steer`. each_context: means over positions alone, [n, contexts].
 
-    kl: KL(unsteered ‖ steered) in nats. max_logit: max over the vocabulary of |Δ logit|. target_logprob, specificity: the functions
-    of these names. norm: mean ‖x_new − x‖ where edited, [n] or [n, 1]. logprob_per_norm: target_logprob / norm, nats per unit of x
-    (0 where nothing was changed).
+    kl: KL(unsteered ‖ steered) in nats. max_logit: max over the vocabulary of |Δ logit|. target_logprob: the function of this name,
+    and of several sets each under its own name. specificity: that function, of the first set. norm: mean ‖x_new − x‖ where
+    edited, [n] or [n, 1]. logprob_per_norm: target_logprob / norm of the first set, nats per unit of x, 0 where nothing changed.
     """
     check_edit(edit)
-    sets = {"target_logprob": targets} | (also or {})
-    sets = {name: check_targets(more, len(edit), lm.cfg.d_vocab).to(lm.cfg.device) for name, more in sets.items()}
+    sets = dict(targets) if isinstance(targets, dict) else {"target_logprob": targets}
+    for name, tokens in sets.items():
+        sets[name] = tokens = indices("targets", tokens, lm.cfg.d_vocab, "the vocabulary").to(lm.cfg.device)
+        if tokens.ndim != 2 or len(tokens) != len(edit):
+            raise ValueError(f"targets have shape {list(tokens.shape)}: they have to be [{len(edit)}, n_targets]")
+    main = next(iter(sets))
     parts = []
     for part, logits, new, norm in steer(lm, rows, hook_name, edit, positions, at, at_once):
         found = {"kl": kl_divergence(logits, new), "max_logit": (new - logits).abs().amax(-1)}
         found |= {name: target_logprob(logits, new, tokens[part]) for name, tokens in sets.items()}
-        found["specificity"] = specificity(logits, new, sets["target_logprob"][part])
+        found["specificity"] = specificity(logits, new, sets[main][part])
         found = {name: value.mean(2 if each_context else (1, 2)) for name, value in found.items()}
         found["norm"] = norm = norm[:, None] if each_context else norm
-        found["logprob_per_norm"] = torch.where(norm > 0, found["target_logprob"] / norm.clamp_min(1e-12), 0)
+        found["logprob_per_norm"] = torch.where(norm > 0, found[main] / norm.clamp_min(1e-12), 0)
         parts.append({name: value.cpu() for name, value in found.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -276,21 +265,9 @@ def latent_effects(
     in nats, and tokens; each [n].
     """
     pushes = scaled(directions, norm).to(lm.cfg.device)
-    tokens = indices(
-        "targets", direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens, lm.cfg.d_vocab, "the vocabulary"
-    )
-    found = effects(lm, rows, hook_name, Add(pushes), tokens[:, None], at_once=at_once)
-    found["own_logprob"] = found["target_logprob"]
+    tokens = torch.as_tensor(direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens, device=lm.cfg.device)
+    found = effects(lm, rows, hook_name, Add(pushes), {"own_logprob": tokens[:, None]}, at_once=at_once)
     return {name: found[name] for name in ("kl", "max_logit", "own_logprob")} | {"tokens": tokens}
-
-
-def scaled(directions: Tensor, norm: float) -> Tensor:
-    """Directions [n, d_in] at length `norm`; ValueError for one of length 0."""
-    norm, directions = real("norm", norm), as_directions(directions)
-    lengths = directions.norm(dim=1, keepdim=True)
-    if not (lengths > 0).all():
-        raise ValueError(f"direction {int((lengths == 0).nonzero()[0, 0])} has length 0: it cannot be made {norm} long")
-    return norm * directions / lengths
 
 
 @torch.no_grad()
@@ -307,8 +284,8 @@ def generate(
     from transformers import DynamicCache
 
     check_hook(lm, hook_name)
-    rows, n_new = as_tokens(lm, rows, len(edit)), whole("n_new", n_new)
     check_edit(edit)
+    rows, n_new = as_tokens(lm, rows, len(edit)), whole("n_new", n_new)
     temperature, seed = real("temperature", temperature, least=0), whole("seed", seed, 0, 2**63 - 1)
     cached = cached and cache_is_exact(lm)
     n_contexts, n_prompt = rows.shape[1:]
@@ -348,13 +325,11 @@ def cache_is_exact(lm) -> bool:
 
     if "cache_is_exact" not in vars(lm):
         tokens, cache = few_tokens(lm), DynamicCache()
-        first, rest = tokens.tensor_split(2, 1)
         lm.cache_is_exact = False
-        with contextlib.suppress(
-            AttributeError, IndexError, RuntimeError, TypeError, ValueError
-        ):  # a cache of its own kind
-            logits = torch.cat([lm(part, past_key_values=cache, use_cache=True) for part in (first, rest)], 1)
-            lm.cache_is_exact = agree(logits, lm(tokens))
+        # a model with a cache of its own kind ends in one of these errors
+        with contextlib.suppress(AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            parts = [lm(part, past_key_values=cache, use_cache=True) for part in tokens.tensor_split(2, 1)]
+            lm.cache_is_exact = agree(torch.cat(parts, 1), lm(tokens))
     return lm.cache_is_exact
 
 
@@ -369,51 +344,3 @@ def generation_nats(lm, generated: Tensor, n_prompt: int, batch_rows: int = 64) 
         for part in rows.split(batch_rows)
     ]
     return torch.cat(losses).view(generated.shape[:2]).cpu()
-
-
-def closes_bracket(text: str) -> bool:
-    """Whether a closing bracket comes that the text did not open itself."""
-    depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in text)
-    return min(depths, default=0) < 0
-
-
-CONCEPTS = {  # what a continuation of Python source can be checked for; a token that stands for it; the check
-    "self": (" self", lambda text: bool(re.search(r"\bself\b", text))),
-    "docstring": ('"""', lambda text: '"""' in text or "'''" in text),
-    "raise": (" raise", lambda text: bool(re.search(r"\braise\b", text))),
-    "closed bracket": (")", closes_bracket),
-}
-
-
-def success_rate(lm, generated: Tensor, n_prompt: int, check) -> np.ndarray:
-    """Share of the contexts whose continuation passes `check` (text → bool), for each intervention [n]."""
-    return np.array([[check(lm.tokenizer.decode(t)) for t in one[:, n_prompt:].tolist()] for one in generated]).mean(1)
-
-
-def breaks_at(strengths, nats, factor: float = 2.0) -> float:
-    """The strength at which fluency breaks, linearly interpolated in nats; the largest strength if it never does.
-
-    There the perplexity of what is generated is first `factor` (ours) times that without steering. strengths rise from 0; nats
-    [n_strengths]: mean cross-entropy of generations. ValueError if the first strength is not 0.
-
-    >>> breaks_at([0, 1, 2], nats=[1.0, 1.0, 3.0], factor=math.e)
-    1.5
-    """
-    if len(strengths) != len(nats) or not (np.diff(strengths) > 0).all():
-        raise ValueError(
-            f"{len(strengths)} strengths for {len(nats)} losses: they have to rise, with one loss for each"
-        )
-    if strengths[0] != 0:
-        raise ValueError(f"strengths begin at {strengths[0]:g}: the first has to be 0, the unsteered model")
-    excess = np.asarray(nats, dtype=float) - nats[0] - math.log(factor)
-    broken = np.flatnonzero(excess > 0)
-    if not len(broken):
-        return float(strengths[-1])
-    around = slice(broken[0] - 1, broken[0] + 1)
-    return float(np.interp(0, excess[around], strengths[around]))
-
-
-def useful_range(strengths, effect, nats, factor: float = 2.0) -> float:
-    """The largest `effect` [n_strengths] to be had before fluency breaks: up to `breaks_at`, and interpolated there."""
-    effect, end = np.asarray(effect, dtype=float), breaks_at(strengths, nats, factor)
-    return float(max(np.interp(end, strengths, effect), effect[np.asarray(strengths) <= end].max()))

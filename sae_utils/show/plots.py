@@ -52,18 +52,26 @@ def lines(x, curves: dict, *, title: str, xlabel: str, ylabel: str, logx=False, 
     return ax.figure
 
 
-def density_histogram(densities: dict, *, title: str, ax=None):
-    """How often latents fire: log₁₀ of the share of tokens, one histogram per SAE; latents that never fire are counted apart."""
-    ax = ax or plt.subplots(layout="constrained")[1]
-    bins = np.linspace(-6, 0, 49)
-    for label, density in densities.items():
-        density = np.asarray(density)
-        fired = density[density > 0]
-        name = f"{label} ({len(density) - len(fired)} never fire)"
-        ax.hist(np.log10(fired), bins=bins, histtype="step", linewidth=1.8, label=name, color=COLOURS.get(label))
-    ax.set(title=title, xlabel="log₁₀ of the share of tokens on which a latent fires", ylabel="latents")
-    ax.legend(frameon=False)
-    return ax.figure
+def pareto(curves: dict, points: dict, *, title: str, hollow=()):
+    """CE lost and FVU against L0, both axes logarithmic: lower is better, and equal steps are equal ratios.
+
+    curves {method: [n, 3]} are sweeps and points {method: [3]} single SAEs, of (L0, 1 − CE recovered, FVU). Methods in `hollow`,
+    for which more training would still have helped, have hollow points.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(6.6, 2.8), layout="constrained")
+    for ax, column, ylabel in zip(axes, (1, 2), ("1 − CE recovered", "FVU")):
+        for method, curve in curves.items():
+            colour, style = COLOURS.get(method, "0.5"), "none" if method in hollow else "full"
+            ax.plot(curve[:, 0], curve[:, column], color=colour, linewidth=1)
+            place = points[method][0], points[method][column]
+            ax.plot(*place, "o", color=colour, label=method, markersize=7, fillstyle=style)
+        ax.set(xscale="log", yscale="log", xlabel="L0 (hollow: undertrained)", ylabel=ylabel, xlim=(1.5, 64))
+        ax.set_xticks(ticks := [2, 4, 8, 16, 32], ticks)
+        ax.set_yticks(ticks := [0.05, 0.1, 0.2, 0.5, 1], ticks)
+        ax.minorticks_off()
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def highlighted(pieces, values, peak: float | None = None) -> str:
@@ -89,8 +97,9 @@ def show_contexts(blocks: dict):
     page = ""
     for title, lines in blocks.items():
         peak = max((value for _, values in lines for value in values), default=0.0)
-        shown = [f"<code>{highlighted(pieces, values, peak)}</code>" for pieces, values in lines]
-        page += f"<p {AS_IT_IS}>" + "<br>".join([f"<b>{escaped(title)}</b>"] * bool(title) + shown) + "</p>"
+        shown = [f"<b>{escaped(title)}</b>"] if title else []
+        shown += [f"<code>{highlighted(pieces, values, peak)}</code>" for pieces, values in lines]
+        page += f"<p {AS_IT_IS}>{'<br>'.join(shown)}</p>"
     return HTML(page)
 
 

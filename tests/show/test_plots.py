@@ -11,7 +11,7 @@ import pytest
 
 from sae_utils.files import ROOT, read_json
 from sae_utils.lab import parameters
-from sae_utils.show.plots import AS_IT_IS, highlighted, show_contexts, show_table
+from sae_utils.show.plots import AS_IT_IS, highlighted, pareto, show_contexts, show_table
 
 matplotlib.use("agg")
 HOSTILE = [
@@ -89,6 +89,17 @@ def test_a_table_is_shaded_and_leaves_empty_what_is_missing():
     assert "background-color: #fff5eb" in page and "background-color: #7f2704" in page
     assert ">0.123</td>" in page and "nan" not in page
     assert frame.columns[0] == "<b>", "the caller's table stays as it is"
+
+
+def test_pareto_draws_each_sweep_and_its_point_and_leaves_undertrained_ones_hollow():
+    curves = {"TopK": np.array([[4, 0.3, 0.5], [16, 0.1, 0.3]]), "new": np.empty((0, 3))}
+    points = {"TopK": (8, 0.2, 0.4), "new": (9, 0.25, 0.45)}
+    axes = pareto(curves, points, title="a title", hollow={"new"}).axes
+    for ax, column in zip(axes, (1, 2), strict=True):
+        sweep, point, _, other = ax.lines
+        assert sweep.get_xydata().tolist() == curves["TopK"][:, [0, column]].tolist()
+        assert point.get_xydata().tolist() == [[8, points["TopK"][column]]] and point.get_fillstyle() == "full"
+        assert other.get_xydata().tolist() == [[9, points["new"][column]]] and other.get_fillstyle() == "none"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").rglob("*.ipynb")), ids=lambda path: path.stem)
