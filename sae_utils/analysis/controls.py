@@ -1,12 +1,15 @@
-"""Controls (ours) for what is said of an SAE's error: the algebra of a refitted decoder, and data and SAEs without features."""
+"""Controls (ours): SAEs whose error is known, frozen latents with another decoder, and data and models without features."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..activations.model import load_language_model
-from ..saes.base import SAEOutput, inference, measuring
+from ..saes.base import SAEOutput, measuring
 from .least_squares import Moments, solve
 
 
@@ -32,53 +35,59 @@ def identity(sae, stream) -> dict[str, float]:
     return {key: float(value) for key, value in values.items()} | {"bound_holds": bool(r2 >= fvu - 1e-9)}
 
 
-class Refitted:
-    """An SAE's latents, frozen, with another decoder: x → SAEOutput."""
-
-    def __init__(self, sae, W_dec: Tensor, b_dec: Tensor):
-        self.sae, self.W_dec, self.b_dec = sae, W_dec, b_dec
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor) -> SAEOutput:
-        with inference(self.sae):
-            out = self.sae(x)
-        return replace(out, x_hat=out.latents @ self.W_dec + self.b_dec)
+@measuring
+def with_decoder(sae, decode, x: Tensor) -> SAEOutput:
+    """An SAE's latents [..., d_sae], frozen, with `decode` of them as x̂."""
+    out = sae(x)
+    return replace(out, x_hat=decode(out.latents))
 
 
 @measuring
-def refit_decoder(sae, stream, ridge: float = 1e-9) -> Refitted:
-    """The best decoder for the latents f of an SAE: argmin over W_dec, b_dec of Σ‖x − f W_dec − b_dec‖². There Cov(e, x̂) = 0.
+def refit_decoder(sae, stream, ridge: float = 1e-9) -> partial:
+    """x → SAEOutput with the best decoder for an SAE's latents f: argmin over W, b of Σ‖x − f W − b‖². There Cov(e, x̂) = 0.
 
-    Normal equations [d_sae + 1, d_sae + 1] in fp64, summed from pairs of active latents. `ridge`, times the mean diagonal, keeps
-    them solvable where latents always fire together. A latent that never fires keeps its row.
+    Normal equations [d_sae + 1, d_sae + 1] in fp64. `ridge`, times the mean diagonal, keeps them solvable where latents always
+    fire together. A latent that never fires keeps its row.
     """
     d = sae.d_sae
-    gram = torch.zeros(d + 1, d + 1, dtype=torch.double, device=sae.W_dec.device)  # the last one is the bias
-    target = torch.zeros(d + 1, sae.d_in, dtype=torch.double, device=sae.W_dec.device)
+    gram, target = torch.zeros(d + 1, d + 1, dtype=torch.double), torch.zeros(d + 1, sae.d_in, dtype=torch.double)
     for batch in stream:
         for x in batch["x"].split(4096):
-            out, n = sae(x), len(x)
-            if out.values is None or out.values.ndim == 1:
-                f = out.latents.double()
-                f = torch.cat([f, f.new_ones(n, 1)], 1)
-                gram += f.T @ f
-                target += f.T @ x.double()
-                continue
-            values = torch.cat([out.values.double(), out.values.new_ones(n, 1).double()], 1)
-            indices = torch.cat([out.indices, torch.full_like(out.indices[:, :1], d)], 1)
-            pairs = indices[:, :, None] * (d + 1) + indices[:, None, :]
-            gram.view(-1).index_add_(0, pairs.flatten(), (values[:, :, None] * values[:, None, :]).flatten())
-            entries = (values[:, :, None] * x.double()[:, None, :]).flatten(0, 1)
-            target.index_add_(0, indices.flatten(), entries)
+            f = csr_array(
+                pad(sae(x).latents.flatten(0, -2).double(), (0, 1), value=1).cpu()
+            )  # the last column is the bias
+            products = (f.T @ f).tocoo()
+            gram[products.row, products.col] += torch.from_numpy(products.data)
+            target += torch.from_numpy(f.T @ x.flatten(0, -2).double().cpu().numpy())
     fired = gram.diagonal() > 0
     gram, target = gram[fired][:, fired], target[fired]
     scale = gram.diagonal().rsqrt()  # every latent in units of its own size
     gram = gram * scale[:, None] * scale
     gram.diagonal().add_(ridge)
-    solution = torch.linalg.solve(gram, target * scale[:, None]) * scale[:, None]
-    full = torch.cat([sae.W_dec, sae.b_dec[None]]).detach().clone()
-    full[fired] = solution.to(full.dtype)
-    return Refitted(sae, full[:-1], full[-1])
+    decoder = torch.cat([sae.W_dec, sae.b_dec[None]]).detach().clone()
+    decoder[fired] = (torch.linalg.solve(gram, target * scale[:, None]) * scale[:, None]).to(decoder)
+    W_dec, b_dec = decoder[:-1], decoder[-1]
+    return partial(with_decoder, sae, lambda f: f @ W_dec + b_dec)
+
+
+@measuring
+def rescale(sae, x: Tensor) -> partial:
+    """x → SAEOutput of an SAE whose active latents have other sizes, f_i → f_i + a_i f_i + c_i: arXiv 2404.16014's repair of shrinkage.
+
+    a and c [d_sae] are the least-squares fit to x [n, d_in] in closed form (ours; the paper trains them), with a small ridge: a
+    latent that never fires stays as it is. The normal equations [2 d_sae, 2 d_sae] are solved in fp64.
+    """
+    n = sae.d_sae
+    gram, target = x.new_zeros(2 * n, 2 * n), x.new_zeros(2, n)
+    for part in x.split(8192):
+        f = sae.encode(part)
+        terms = torch.cat([f, (f > 0).to(f)], 1)  # what a and c stand before
+        gram += terms.T @ terms
+        target += ((terms.T @ (part - sae.decode(f))).view(2, n, -1) * sae.W_dec).sum(2)
+    gram = (gram * (sae.W_dec @ sae.W_dec.T).repeat(2, 2)).double().cpu()
+    ridge = 1e-6 * gram.diagonal().mean() + 1e-3 * gram.diagonal()
+    a, c = torch.linalg.solve(gram + ridge.diag(), target.flatten().double().cpu()).to(x).view(2, n)
+    return partial(with_decoder, sae, lambda f: sae.decode(f + (f > 0) * (a * f + c)))
 
 
 class DeadSAE:
