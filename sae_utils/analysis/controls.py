@@ -3,10 +3,10 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..activations.model import load_language_model
 from ..saes.base import SAEOutput, measuring
@@ -17,21 +17,21 @@ from .least_squares import Moments, solve
 def identity(sae, stream) -> dict[str, float]:
     """How far an SAE is from Cov(e, x̂) = 0, where b* = Σ_x⁻¹ Σ_e and R² = tr(Σ_e Σ_x⁻¹ Σ_e) / tr Σ_e ≥ FVU hold in sample.
 
-    r2: of the probe; r2_identity: by that formula; gap: their absolute difference; distance: E‖x (b* − Σ_x⁻¹ Σ_e)‖² / tr Σ_e, by
-    how much the two predictions differ; fvu; bound_holds: r2 ≥ fvu, up to 1e-9.
+    r2: of the probe b*; r2_identity: by that formula; gap: their absolute difference; distance: E‖x (b* − Σ_x⁻¹ Σ_e)‖² / tr Σ_e,
+    by how much the two predictions differ; fvu; bound_holds: r2 ≥ fvu, up to 1e-9.
     """
-    moments, errors = Moments(), Moments()
+    moments = Moments()
     for batch in stream:
         error = batch["x"] - sae(batch["x"]).x_hat
-        moments.add(batch["x"], error)
-        errors.add(error, error[:, :0])
-    (_, cov), (mean_error, ee) = moments.covariance(), errors.covariance()
-    xx, xe = cov.split([moments.d_u, errors.d_u], 1)
+        moments.add(torch.cat([batch["x"], error], 1), error[:, :0])
+    mean, cov = moments.covariance()
+    d = len(mean) // 2
+    xx, xe, ee = cov[:d, :d], cov[:d, d:], cov[d:, d:]
     b, b_identity, power = solve(xx, xe), solve(xx, ee), ee.trace().clamp_min(1e-300)
     r2, r2_identity = (xe * b).sum() / power, (ee * b_identity).sum() / power
-    fvu = (power + mean_error.square().sum()) / xx.trace()
+    off, fvu = b - b_identity, (power + mean[d:].square().sum()) / xx.trace()
     values = {"r2": r2, "r2_identity": r2_identity, "gap": (r2 - r2_identity).abs(), "fvu": fvu}
-    values["distance"] = ((b - b_identity) * (xx @ (b - b_identity))).sum() / power
+    values["distance"] = (off * (xx @ off)).sum() / power
     return {key: float(value) for key, value in values.items()} | {"bound_holds": bool(r2 >= fvu - 1e-9)}
 
 
@@ -50,15 +50,20 @@ def refit_decoder(sae, stream, ridge: float = 1e-9) -> partial:
     fire together. A latent that never fires keeps its row.
     """
     d = sae.d_sae
-    gram, target = torch.zeros(d + 1, d + 1, dtype=torch.double), torch.zeros(d + 1, sae.d_in, dtype=torch.double)
+    gram, target = np.zeros((d + 1, d + 1)), np.zeros((d + 1, sae.d_in))
     for batch in stream:
         for x in batch["x"].split(4096):
-            f = csr_array(
-                pad(sae(x).latents.flatten(0, -2).double(), (0, 1), value=1).cpu()
-            )  # the last column is the bias
+            out = sae(x)
+            if out.active is None:
+                f = csr_array(out.latents.double().cpu())
+            else:
+                entries = out.values.flatten().double(), out.active.indices, out.active.offsets
+                f = csr_array(tuple(part.cpu() for part in entries), shape=(len(x), d))
+            f = hstack([f, np.ones((len(x), 1))], format="csr")  # the last column is the bias
             products = (f.T @ f).tocoo()
-            gram[products.row, products.col] += torch.from_numpy(products.data)
-            target += torch.from_numpy(f.T @ x.flatten(0, -2).double().cpu().numpy())
+            gram[products.row, products.col] += products.data
+            target += f.T @ x.double().cpu().numpy()
+    gram, target = (torch.from_numpy(sums).to(sae.W_dec.device) for sums in (gram, target))
     fired = gram.diagonal() > 0
     gram, target = gram[fired][:, fired], target[fired]
     scale = gram.diagonal().rsqrt()  # every latent in units of its own size
@@ -90,16 +95,6 @@ def rescale(sae, x: Tensor) -> partial:
     return partial(with_decoder, sae, lambda f: sae.decode(f + (f > 0) * (a * f + c)))
 
 
-class DeadSAE:
-    """x̂ = mean: all of x is error, and all of it linear in x."""
-
-    def __init__(self, mean: Tensor):
-        self.mean = mean
-
-    def __call__(self, x: Tensor) -> SAEOutput:
-        return SAEOutput(self.mean.expand_as(x), dense=x.new_zeros(x.shape[:-1].numel(), 1))
-
-
 class PrincipalComponents:
     """x̂ = the projection on the k directions of largest variance: its error is linear in x by construction."""
 
@@ -109,6 +104,13 @@ class PrincipalComponents:
     def __call__(self, x: Tensor) -> SAEOutput:
         latents = (x - self.mean) @ self.directions
         return SAEOutput(latents @ self.directions.T + self.mean, dense=latents.flatten(0, -2))
+
+
+class DeadSAE(PrincipalComponents):
+    """x̂ = mean, the projection on no direction: all of x is error, and all of it linear in x."""
+
+    def __init__(self, mean: Tensor):
+        self.mean, self.directions = mean, mean.new_zeros(len(mean), 1)
 
 
 def matched_gaussian(mean: Tensor, covariance: Tensor, n: int, seed: int = 0) -> Tensor:
