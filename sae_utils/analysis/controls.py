@@ -43,11 +43,11 @@ def with_decoder(sae, decode, x: Tensor) -> SAEOutput:
 
 
 @measuring
-def refit_decoder(sae, stream, ridge: float = 1e-9) -> partial:
+def refit_decoder(sae, stream) -> partial:
     """x → SAEOutput with the best decoder for an SAE's latents f: argmin over W, b of Σ‖x − f W − b‖². There Cov(e, x̂) = 0.
 
-    Normal equations [d_sae + 1, d_sae + 1] in fp64. `ridge`, times the mean diagonal, keeps them solvable where latents always
-    fire together. A latent that never fires keeps its row.
+    Normal equations [d_sae + 1, d_sae + 1] in fp64, with a ridge of 1e-9 for latents that always fire together. A latent that
+    never fires keeps its row.
     """
     d = sae.d_sae
     gram, target = np.zeros((d + 1, d + 1)), np.zeros((d + 1, sae.d_in))
@@ -68,7 +68,7 @@ def refit_decoder(sae, stream, ridge: float = 1e-9) -> partial:
     gram, target = gram[fired][:, fired], target[fired]
     scale = gram.diagonal().rsqrt()  # every latent in units of its own size
     gram = gram * scale[:, None] * scale
-    gram.diagonal().add_(ridge)
+    gram.diagonal().add_(1e-9)
     decoder = torch.cat([sae.W_dec, sae.b_dec[None]]).detach().clone()
     decoder[fired] = (torch.linalg.solve(gram, target * scale[:, None]) * scale[:, None]).to(decoder)
     W_dec, b_dec = decoder[:-1], decoder[-1]
@@ -116,9 +116,8 @@ class DeadSAE(PrincipalComponents):
 def matched_gaussian(mean: Tensor, covariance: Tensor, n: int, seed: int = 0) -> Tensor:
     """n draws [n, d] of a Gaussian: no features, but every probe that reads mean and covariance alone must find the same."""
     values, vectors = torch.linalg.eigh(covariance.double())
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(n, len(mean), generator=generator).to(mean.device)
     root = vectors * values.clamp_min(0).sqrt()
+    normal = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed)).to(mean.device)
     return mean.float() + normal @ root.T.float()
 
 
@@ -131,13 +130,13 @@ def mean_and_covariance(stream) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def untrained(model: str, device: str, seed: int = 0, std: float = 0.02):
-    """The language model with its weights drawn anew: matrices N(0, std²), biases 0, layer norms 1."""
+def untrained(model: str, device: str, seed: int = 0):
+    """The language model with its weights drawn anew: matrices N(0, 0.02²), biases 0, layer norms 1."""
     lm = load_language_model(model, device=device)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in lm.named_parameters():
         if parameter.ndim > 1:
-            parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
         else:
             parameter.fill_(float(name.endswith("weight")))
     return lm

@@ -73,7 +73,7 @@ def ce_recovered(ce_sae: float, ce_clean: float, ce_ablated: float) -> float:
     return 1 - (ce_sae - ce_clean) / gap if gap else math.nan
 
 
-def prepared(sae, lm, rows, batch_rows: int, least: int) -> tuple[dict, list[Tensor]]:
+def prepared(sae, lm, rows, batch_rows: int) -> tuple[dict, tuple[Tensor, ...]]:
     """{name: SAE or callable} and the rows in chunks on the model's device; ValueError for what cannot be measured."""
     saes = sae if isinstance(sae, dict) else {"": sae}
     if not saes or not all(callable(one) and not isinstance(one, type) for one in saes.values()):
@@ -82,8 +82,8 @@ def prepared(sae, lm, rows, batch_rows: int, least: int) -> tuple[dict, list[Ten
         check_parameters(one, name)
     rows = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
     check_tokens(lm, rows)
-    if rows.shape[1] < least:
-        raise ValueError(f"rows has n_ctx={rows.shape[1]}: it has to be at least {least}, since position 0 is left out")
+    if rows.shape[1] < 3:
+        raise ValueError(f"rows has n_ctx={rows.shape[1]}: it has to be at least 3, since position 0 is left out")
     return saes, torch.from_numpy(rows.astype("int64")).to(lm.cfg.device).split(whole("batch_rows", batch_rows))
 
 
@@ -100,9 +100,10 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
     these tokens. ce_increase: ce_sae − ce_clean. ce_recovered_zero, ce_recovered_mean: `ce_recovered` against the two
     ablations (zero as in arXiv 2404.16014). kl: KL(orig ‖ new) of the predictions.
     """
-    saes, chunks = prepared(sae, lm, rows, batch_rows, least=3)
+    saes, chunks = prepared(sae, lm, rows, batch_rows)
     x = run_prefix(lm, torch.cat(chunks[:16])[:16], [hook_name])[hook_name][:, 1:].flatten(0, 1)
-    sums = {name: ReconstructionSums(typical(x)) for name in saes}
+    usual = typical(x)
+    sums = {name: ReconstructionSums(usual) for name in saes}
     mean = sum(run_prefix(lm, c, [hook_name])[hook_name][:, 1:].double().sum((0, 1)) for c in chunks)
     mean = (mean / sum(c[:, 1:].numel() for c in chunks)).float()
     nats = collections.defaultdict(float)
@@ -129,12 +130,12 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
     nats = {key: float(value) / n_predictions for key, value in nats.items()}
     results = {}
     for name, total in sums.items():
-        ce_sae = nats["ce_sae", name]
-        results[name] = total.result() | {key: nats[key] for key in ("ce_clean", "ce_zero", "ce_mean")}
-        results[name] |= {"ce_sae": ce_sae, "ce_increase": ce_sae - nats["ce_clean"], "kl": nats["kl", name]}
-        for ablation in ("zero", "mean"):
-            recovered = ce_recovered(ce_sae, nats["ce_clean"], nats[f"ce_{ablation}"])
-            results[name][f"ce_recovered_{ablation}"] = recovered
+        clean, new = nats["ce_clean"], nats["ce_sae", name]
+        results[name] = total.result() | {"ce_clean": clean, "ce_sae": new, "ce_increase": new - clean}
+        results[name]["kl"] = nats["kl", name]
+        for key in ("zero", "mean"):
+            ablated = nats[f"ce_{key}"]
+            results[name] |= {f"ce_{key}": ablated, f"ce_recovered_{key}": ce_recovered(new, clean, ablated)}
         if densities is not None:
             densities[name] = total.density().float().cpu()
     return results if isinstance(sae, dict) else results[""]
@@ -148,25 +149,24 @@ def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
     every later layer, and at the final resid_post.
     norm_ratio: mean over tokens of ‖x̂‖ / ‖x‖ at positions ≥ 1; norm_ratio_first: the same at position 0.
     """
-    saes, chunks = prepared(sae, lm, rows, batch_rows, least=2)
+    saes, chunks = prepared(sae, lm, rows, batch_rows)
     hooks = [hook_name, *later_layers(lm, hook_name), f"blocks.{lm.cfg.n_layers - 1}.hook_resid_post"]
-    scores = {name: {hook: Scores() for hook in hooks} for name in saes}
-    ratios = collections.defaultdict(list)
+    scores, ratios = collections.defaultdict(Scores), collections.defaultdict(list)
     for tokens in chunks:
         clean = run_prefix(lm, tokens, hooks)
         x = clean[hook_name].float()
         for name, one in saes.items():
             x_hat, new = one(x).x_hat, {}
             ratios[name].append(x_hat.norm(dim=-1) / x.norm(dim=-1))
-            keep = [(at, lambda r, hook, at=at: new.__setitem__(at, r.flatten(2))) for at in scores[name]]
+            keep = [(at, lambda r, hook, at=at: new.__setitem__(at, r.flatten(2))) for at in hooks]
             run_spliced(lm, tokens, hook_name, torch.cat([x[:, :1], x_hat[:, 1:]], 1), hooks=keep)
-            for at, score in scores[name].items():
+            for at in hooks:
                 r, r_new = clean[at][:, 1:].flatten(0, 1), new[at][:, 1:].flatten(0, 1)
-                score.add(r, r - r_new)
+                scores[name, at].add(r, r - r_new)
     results = {}
     for name in saes:
         ratio = torch.cat(ratios[name]).double()
-        results[name] = {"downstream_fvu": {at: 1 - score.r2() for at, score in scores[name].items()}}
+        results[name] = {"downstream_fvu": {at: 1 - scores[name, at].r2() for at in hooks}}
         results[name] |= {"norm_ratio": float(ratio[:, 1:].mean()), "norm_ratio_first": float(ratio[:, 0].mean())}
     return results if isinstance(sae, dict) else results[""]
 
