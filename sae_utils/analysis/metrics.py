@@ -22,7 +22,7 @@ class ReconstructionSums:
     """Running sums over activations from which FVU, γ, L0 and densities follow exactly, in float64.
 
         FVU       = Σ‖x − x̂‖² / Σ‖x − x̄‖²                     0 perfect, 1 no better than the mean x̄ of the whole set
-        fvu_ordinary = the same over tokens that are not of high norm, where `usual` was given (`sae.high_norm`)
+        fvu_ordinary = the same over tokens that are not of high norm by `usual` (`typical`); of all where none is given
         γ         = Σ‖x̂‖² / Σ x̂·x                              1 unbiased, < 1 shrinkage (arXiv 2404.16014, eq. 10)
         γ_centred = the same of x − x̄ and x̂ − x̂̄ (ours: a large mean hides shrinkage)
         L0        = active latents per token
@@ -31,35 +31,26 @@ class ReconstructionSums:
     γ is a ratio of sums over the whole set, not a mean of ratios. An all-zero x̂ has no γ: nan.
     """
 
-    def __init__(self, d_in: int, d_sae: int, device, usual: tuple[Tensor, Tensor] | None = None):
+    def __init__(self, usual: tuple[Tensor, Tensor] | None = None):
         self.usual = usual
-        self.sums = torch.zeros(2 if usual else 1, 5 + 2 * d_in, dtype=torch.double, device=device)
-        self.fired = torch.zeros(d_sae, dtype=torch.double, device=device)
+        self.sums = self.fired = 0  # sums: of all tokens and of ordinary ones, [2, 5 + 2 d_in]
 
     def add(self, x: Tensor, x_hat: Tensor, latents: Tensor) -> None:
         """x, x_hat [n, d_in], latents [n, d_sae]."""
         x, x_hat = x.double(), x_hat.double()
         products = x.square(), x_hat.square(), x_hat * x, (x - x_hat).square()
         about = torch.cat([x.new_ones(len(x), 1), *(p.sum(1, keepdim=True) for p in products), x, x_hat], 1)
-        self.sums[0] += about.sum(0)
-        if self.usual:
-            self.sums[1] += (~high_norm(x, *self.usual)).double() @ about
-        self.fired += (latents > 0).sum(0)
+        ordinary = x.new_ones(len(x)) if self.usual is None else (~high_norm(x, *self.usual)).double()
+        self.sums = self.sums + torch.stack([about.sum(0), ordinary @ about])
+        self.fired = self.fired + (latents > 0).sum(0)
 
     def result(self) -> dict[str, float]:
         n, xx, hh, hx, ee = self.sums[:, :5].T  # of all tokens, then of ordinary ones
         mean, mean_hat = (self.sums[:, 5:] / n[:, None]).chunk(2, dim=1)
         fvu = ee / (xx - n * mean.square().sum(1))
         gamma_centred = (hh - n * mean_hat.square().sum(1)) / (hx - n * (mean_hat * mean).sum(1))
-        values = {
-            "l0": self.fired.sum() / n[0],
-            "fvu": fvu[0],
-            "gamma": hh[0] / hx[0],
-            "gamma_centred": gamma_centred[0],
-        }
-        values["dead_fraction"] = (self.fired == 0).double().mean()
-        if self.usual:
-            values["fvu_ordinary"] = fvu[1]
+        values = {"l0": self.fired.sum() / n[0], "fvu": fvu[0], "fvu_ordinary": fvu[1], "gamma": hh[0] / hx[0]}
+        values |= {"gamma_centred": gamma_centred[0], "dead_fraction": (self.fired == 0).double().mean()}
         return {key: float(value) for key, value in values.items()}
 
     def density(self) -> Tensor:
@@ -82,55 +73,39 @@ def ce_recovered(ce_sae: float, ce_clean: float, ce_ablated: float) -> float:
     return 1 - (ce_sae - ce_clean) / gap if gap else math.nan
 
 
-def prepared(sae, lm, rows, batch_rows: int, least: int) -> tuple[dict, list[Tensor]]:
+def prepared(sae, lm, rows, batch_rows: int) -> tuple[dict, tuple[Tensor, ...]]:
     """{name: SAE or callable} and the rows in chunks on the model's device; ValueError for what cannot be measured."""
     saes = sae if isinstance(sae, dict) else {"": sae}
     if not saes or not all(callable(one) and not isinstance(one, type) for one in saes.values()):
         raise ValueError(f"sae is {sae!r:.100}: it has to be an SAE, or a dictionary {{name: sae}} of one SAE or more")
     for name, one in saes.items():
         check_parameters(one, name)
-    try:
-        rows = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"rows is no array of tokens [n, n_ctx]: {error}") from None
-    if rows.ndim != 2 or rows.dtype.kind not in "iu" or not len(rows) or rows.shape[1] < least:
-        raise ValueError(
-            f"rows is {rows.dtype}{list(rows.shape)}: it has to be token ids, whole numbers [n, n_ctx], n at least 1 and n_ctx at "
-            f"least {least}, since position 0 is left out"
-        )
+    rows = rows.cpu().numpy() if isinstance(rows, Tensor) else np.asarray(rows)
     check_tokens(lm, rows)
-    step = whole("batch_rows", batch_rows)
-    chunks = [torch.from_numpy(rows[i : i + step].astype("int64")) for i in range(0, len(rows), step)]
-    return saes, [chunk.to(lm.cfg.device) for chunk in chunks]
+    if rows.shape[1] < 3:
+        raise ValueError(f"rows has n_ctx={rows.shape[1]}: it has to be at least 3, since position 0 is left out")
+    return saes, torch.from_numpy(rows.astype("int64")).to(lm.cfg.device).split(whole("batch_rows", batch_rows))
 
 
 @measuring
 def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: dict | None = None):
-    """Measure one SAE, or several on the same tokens (`{"name": sae}`), by splicing x̂ into the model.
+    """Measure one SAE, or several on the same tokens (`{"name": sae}`), by splicing x̂ into the model at positions ≥ 1.
 
-    rows: token rows [n, n_ctx], n_ctx ≥ 3, that neither the SAE nor the model was trained on. `sae` may be any callable x → object
-    with x_hat and latents (a principal-component "SAE", say). An SAE is measured by its inference rule: its counters and mode
-    stay as they are. Returns a dict of floats, or one per name; ValueError for rows or SAEs that do not fit:
+    sae: measured by its inference rule; or any callable x → object with x_hat and latents. rows: token rows [n, n_ctx], n_ctx ≥ 3,
+    that neither SAE nor model was trained on. densities: a dict that receives density [d_sae] under each name ("" for one SAE).
+    Returns a dict of floats, or one per name, over positions ≥ 1; raises ValueError for rows or SAEs that do not fit:
 
-    l0, fvu, fvu_ordinary, gamma, gamma_centred, dead_fraction: `ReconstructionSums` over positions ≥ 1. Centre and usual norm,
-    by which tokens are ordinary, are those of the first 16 rows.
-    ce_clean, ce_sae, ce_zero, ce_mean: cross-entropy with the activation at positions ≥ 1 left alone, replaced by x̂, by
-    zero, by its mean over these tokens; position 0 stays clean. Mean over predictions made at positions ≥ 1.
-    ce_recovered_zero, ce_recovered_mean: `ce_recovered` against the two ablations (zero as in arXiv 2404.16014).
-    ce_increase: ce_sae − ce_clean. kl: KL(orig ‖ new) of the predictions, mean over positions ≥ 1.
-    densities: a dict that receives density [d_sae] under each name ("" for a single SAE).
+    l0, fvu, fvu_ordinary, gamma, gamma_centred, dead_fraction: `ReconstructionSums`; which norms are usual, the first 16 rows say.
+    ce_clean, ce_sae, ce_zero, ce_mean: cross-entropy with the activation left alone, replaced by x̂, by zero, by its mean over
+    these tokens. ce_increase: ce_sae − ce_clean. ce_recovered_zero, ce_recovered_mean: `ce_recovered` against the two
+    ablations (zero as in arXiv 2404.16014). kl: KL(orig ‖ new) of the predictions.
     """
-    saes, chunks = prepared(sae, lm, rows, batch_rows, least=3)
+    saes, chunks = prepared(sae, lm, rows, batch_rows)
     x = run_prefix(lm, torch.cat(chunks[:16])[:16], [hook_name])[hook_name][:, 1:].flatten(0, 1)
-    for name, one in saes.items():
-        if getattr(one, "d_in", x.shape[1]) != x.shape[1]:
-            raise ValueError(
-                f"{hook_name} has {x.shape[1]} coordinates, and {name or 'the SAE'} d_in={one.d_in}: {one}"
-            )
     usual = typical(x)
+    sums = {name: ReconstructionSums(usual) for name in saes}
     mean = sum(run_prefix(lm, c, [hook_name])[hook_name][:, 1:].double().sum((0, 1)) for c in chunks)
     mean = (mean / sum(c[:, 1:].numel() for c in chunks)).float()
-    sums: dict[str, ReconstructionSums] = {}
     nats = collections.defaultdict(float)
 
     def logits_with(replacement, key):
@@ -148,56 +123,50 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
         logits_with(mean, "ce_mean")
         for name, one in saes.items():
             out = one(x)
-            latents = out.latents.flatten(0, 1)
-            if name not in sums:
-                sums[name] = ReconstructionSums(x.shape[-1], latents.shape[-1], x.device, usual)
-            sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), latents)
+            sums[name].add(*(t.flatten(0, 1) for t in (x, out.x_hat, out.latents)))
             new = logits_with(out.x_hat, ("ce_sae", name))
             nats["kl", name] += kl_divergence(logits[:, 1:-1], new[:, 1:-1]).double().sum()
     n_predictions = sum(tokens[:, 2:].numel() for tokens in chunks)
     nats = {key: float(value) / n_predictions for key, value in nats.items()}
     results = {}
-    for name in saes:
-        ce_clean, ce_sae = nats["ce_clean"], nats["ce_sae", name]
-        ce = {"ce_clean": ce_clean, "ce_sae": ce_sae, "ce_increase": ce_sae - ce_clean}
-        results[name] = sums[name].result() | ce | {key: nats[key] for key in ("ce_zero", "ce_mean")}
+    for name, total in sums.items():
+        clean, new = nats["ce_clean"], nats["ce_sae", name]
+        results[name] = total.result() | {"ce_clean": clean, "ce_sae": new, "ce_increase": new - clean}
         results[name]["kl"] = nats["kl", name]
-        for ablation in ("zero", "mean"):
-            results[name][f"ce_recovered_{ablation}"] = ce_recovered(ce_sae, ce_clean, nats[f"ce_{ablation}"])
+        for key in ("zero", "mean"):
+            ablated = nats[f"ce_{key}"]
+            results[name] |= {f"ce_{key}": ablated, f"ce_recovered_{key}": ce_recovered(new, clean, ablated)}
         if densities is not None:
-            densities[name] = sums[name].density().float().cpu()
+            densities[name] = total.density().float().cpu()
     return results if isinstance(sae, dict) else results[""]
 
 
 @measuring
 def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
-    """What x̂, spliced in at positions ≥ 1, does to the layers after the hook; one SAE, or several (`{"name": sae}`).
+    """What x̂, spliced in at positions ≥ 1, does to the layers after the hook. Arguments and form of the result as in `evaluate`.
 
-    Returns, or maps each name to, a dict:
     downstream_fvu: {hook: Σ‖r − r_new‖² / Σ‖r − r̄‖²}, sums over positions ≥ 1 of all rows: at hook_name itself, at resid_pre of
     every later layer, and at the final resid_post.
-    norm_ratio: mean over tokens of ‖x̂‖ / ‖x‖ at positions ≥ 1; norm_ratio_first: the same at position 0, which is an outlier in
-    most models and which the SAE does not see in training.
+    norm_ratio: mean over tokens of ‖x̂‖ / ‖x‖ at positions ≥ 1; norm_ratio_first: the same at position 0.
     """
-    saes, chunks = prepared(sae, lm, rows, batch_rows, least=2)
+    saes, chunks = prepared(sae, lm, rows, batch_rows)
     hooks = [hook_name, *later_layers(lm, hook_name), f"blocks.{lm.cfg.n_layers - 1}.hook_resid_post"]
-    scores = {name: {hook: Scores() for hook in hooks} for name in saes}
-    ratios = {name: [] for name in saes}
+    scores, ratios = collections.defaultdict(Scores), collections.defaultdict(list)
     for tokens in chunks:
         clean = run_prefix(lm, tokens, hooks)
         x = clean[hook_name].float()
         for name, one in saes.items():
             x_hat, new = one(x).x_hat, {}
             ratios[name].append(x_hat.norm(dim=-1) / x.norm(dim=-1))
-            keep = [(at, lambda r, hook, at=at: new.__setitem__(at, r.flatten(2))) for at in scores[name]]
+            keep = [(at, lambda r, hook, at=at: new.__setitem__(at, r.flatten(2))) for at in hooks]
             run_spliced(lm, tokens, hook_name, torch.cat([x[:, :1], x_hat[:, 1:]], 1), hooks=keep)
-            for at, score in scores[name].items():
+            for at in hooks:
                 r, r_new = clean[at][:, 1:].flatten(0, 1), new[at][:, 1:].flatten(0, 1)
-                score.add(r, r - r_new)
+                scores[name, at].add(r, r - r_new)
     results = {}
     for name in saes:
         ratio = torch.cat(ratios[name]).double()
-        results[name] = {"downstream_fvu": {at: 1 - score.r2() for at, score in scores[name].items()}}
+        results[name] = {"downstream_fvu": {at: 1 - scores[name, at].r2() for at in hooks}}
         results[name] |= {"norm_ratio": float(ratio[:, 1:].mean()), "norm_ratio_first": float(ratio[:, 0].mean())}
     return results if isinstance(sae, dict) else results[""]
 
@@ -210,9 +179,8 @@ def alive_latents(sae, batches, window: int) -> Tensor:
     """
     left, fired = whole("window", window), torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
     for batch in batches:
-        x = as_batch(batch)["x"]
-        x = x.reshape(-1, x.shape[-1])[:left].to(sae.W_dec.device)
-        fired |= (sae.encode(x) > 0).any(0)
+        x = sae.rows(as_batch(batch)["x"])[:left]
+        fired |= (sae.encode(x.to(fired.device)) > 0).any(0)
         left -= len(x)
         if not left:
             return fired

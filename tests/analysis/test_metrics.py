@@ -20,7 +20,7 @@ from sae_utils.saes.base import SAEOutput, typical
 
 
 def sums(x, x_hat, latents=None, chunk=None):
-    total = ReconstructionSums(x.shape[1], 1 if latents is None else latents.shape[1], "cpu")
+    total = ReconstructionSums()
     latents = torch.zeros(len(x), 1) if latents is None else latents
     for part in zip(*(t.split(chunk or len(x)) for t in (x, x_hat, latents))):
         total.add(*part)
@@ -224,7 +224,7 @@ def test_fvu_of_ordinary_tokens(tiny_gpt2, rows):
         torch.tensor([[0.0], [2.0], [4.0], [2.0], [1000.0]]),
         torch.tensor([[1.0], [1.0], [3.0], [3.0], [1000.0]]),
     )
-    total = ReconstructionSums(1, 1, "cpu", typical(x))  # centre 2, usual norm 2: ordinary up to 12
+    total = ReconstructionSums(typical(x))  # centre 2, usual norm 2: ordinary up to 12
     total.add(x, exact, torch.ones(5, 1))
     assert total.result()["fvu_ordinary"] == pytest.approx(4 / 8) and total.result()["fvu"] < 1e-5
 
@@ -240,11 +240,11 @@ def test_rows_in_the_forms_people_have(form, tiny_gpt2, rows):
 def test_what_cannot_be_measured_is_named(tiny_gpt2, rows):
     sae = TopKSAE(tiny_gpt2.cfg.d_model, 64, k=4)
     for wrong, match in [
-        (rows[:0], r"rows is uint16\[0, 16\]"),
-        (rows[:, :2], r"rows is uint16\[6, 2\].*n_ctx at least 3"),
-        (rows.astype(float), r"rows is float64\[6, 16\].*whole numbers"),
-        (rows[0], r"rows is uint16\[16\]"),
-        ([[1, 2, 3], [4]], "rows is no array of tokens"),
+        (rows[:0], r"uint16 \[0, 16\]"),
+        (rows[:, :2], "n_ctx=2: it has to be at least 3"),
+        (rows.astype(float), r"float64 \[6, 16\].*whole numbers"),
+        (rows[0], r"uint16 \[16\]"),
+        ([[1, 2, 3], [4]], "inhomogeneous"),
     ]:
         with pytest.raises(ValueError, match=match):
             evaluate(sae, tiny_gpt2, wrong, HOOK)
@@ -252,7 +252,7 @@ def test_what_cannot_be_measured_is_named(tiny_gpt2, rows):
         ({}, {}, "dictionary {name: sae}"),
         ([sae], {}, "dictionary {name: sae}"),
         (TopKSAE, {}, "dictionary {name: sae}"),
-        (TopKSAE(7, 64, k=4), {}, f"{HOOK} has 16 coordinates, and the SAE d_in=7"),
+        (TopKSAE(7, 64, k=4), {}, "its last axis has to be d_in=7"),
         (sae, {"batch_rows": 0}, "batch_rows=0"),
     ]:
         with pytest.raises(ValueError, match=match):
