@@ -50,7 +50,9 @@ def imported():
 
 def test_what_a_reader_imports_has_an_example():
     rooms = ("sae_utils.saes", "sae_utils.training.losses", "sae_utils.analysis", "sae_utils.activations.hooks")
-    asked = {("sae_utils", name) for name in sae_utils.__all__} | {one for one in imported() if one[0].startswith(rooms)}
+    asked = {("sae_utils", name) for name in sae_utils.__all__} | {
+        one for one in imported() if one[0].startswith(rooms)
+    }
     found = {name: getattr(importlib.import_module(module), name) for module, name in asked}
     callables = {name: one for name, one in found.items() if inspect.isfunction(one) or inspect.isclass(one)}
     assert len(callables) > 30
