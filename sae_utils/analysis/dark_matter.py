@@ -71,7 +71,8 @@ class ErrorSplit:
         values["r2_per_coordinate"] = float(self.scores["r2"].per_coordinate().nanmean())
         for name, score in self.scores.items():
             if name.startswith("r2"):
-                values |= {name: score.r2(), f"{name}_interval": score.interval()}
+                value, *interval = with_interval(1 - score.draws())
+                values |= {name: value, f"{name}_interval": interval}
         return values
 
 
@@ -190,7 +191,7 @@ def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int
     length the patch puts back; ratio = recovered / share as [value, low, high], with batches of rows drawn again. "fraction" is a
     control (ours): x̂ + s e with the share of the nonlinear error. Means are over predictions at positions ≥ 1 of `rows` [n, n_ctx].
     """
-    sums, n = [], 0  # of every batch and patch: the loss, and ‖x − patch‖²
+    sums, n = [], 0
     for i in range(0, len(rows), batch_rows):
         tokens = torch.from_numpy(np.asarray(rows[i : i + batch_rows]).astype("int64")).to(lm.cfg.device)
         x = run_prefix(lm, tokens, [hook_name])[hook_name].float()
@@ -199,18 +200,17 @@ def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int
         left = (linear[:, 1:].square().sum() / error[:, 1:].square().sum().clamp_min(1e-30)).sqrt()
         patches = {"clean": x, "sae": x_hat, "linear": x_hat + linear, "nonlinear": x - linear}
         patches["fraction"] = x - left * error  # leaves as much of ‖e‖² as x̂ + NonlinearError does
-        patches = {name: torch.cat([x[:, :1], patch[:, 1:]], 1) for name, patch in patches.items()}
-        losses = [token_loss(run_spliced(lm, tokens, hook_name, p), tokens)[:, 1:] for p in patches.values()]
-        squares = [(x - patch).double().square().sum() for patch in patches.values()]
-        sums.append([[float(loss.double().sum()) for loss in losses], [float(square) for square in squares]])
-        n += losses[0].numel()
-    nats, squares = torch.tensor(sums, dtype=torch.double).unbind(1)  # [n_batches, 5]
+        for patch in patches.values():
+            patch = torch.cat([x[:, :1], patch[:, 1:]], 1)
+            loss = token_loss(run_spliced(lm, tokens, hook_name, patch), tokens)[:, 1:]
+            sums.append([float(loss.double().sum()), float((x - patch).double().square().sum())])
+        n += loss.numel()
+    nats, squares = torch.tensor(sums, dtype=torch.double).view(-1, len(patches), 2).unbind(2)  # [n_batches, 5]
     values = {f"ce_{name}": float(total) / n for name, total in zip(patches, nats.sum(0))}
     nats, squares = resamples(len(nats)) @ nats, resamples(len(nats)) @ squares  # [1 + 1000, 5]
-    for at, name in enumerate(patches):
-        if name not in ("clean", "sae"):
-            recovered = (nats[:, 1] - nats[:, at]) / (nats[:, 1] - nats[:, 0])
-            share = 1 - squares[:, at] / squares[:, 1]
-            values |= {f"recovered_{name}": float(recovered[0]), f"share_{name}": float(share[0])}
-            values[f"ratio_{name}"] = with_interval(recovered / share)
+    for at, name in enumerate(list(patches)[2:], start=2):
+        recovered = (nats[:, 1] - nats[:, at]) / (nats[:, 1] - nats[:, 0])
+        share = 1 - squares[:, at] / squares[:, 1]
+        values |= {f"recovered_{name}": float(recovered[0]), f"share_{name}": float(share[0])}
+        values[f"ratio_{name}"] = with_interval(recovered / share)
     return values

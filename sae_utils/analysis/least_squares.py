@@ -24,8 +24,7 @@ class Linear:
 class Moments:
     """Sums in fp64 over tokens of (u, v), from which v is regressed on u. Memory does not grow with the number of tokens."""
 
-    def __init__(self):
-        self.n = self.d_u = self.total = self.gram = 0  # total: Σ (u, v); gram: Σ uᵀ (u, v)
+    n = d_u = total = gram = 0  # total: Σ (u, v); gram: Σ uᵀ (u, v)
 
     def add(self, u: Tensor, v: Tensor) -> None:
         """u [n, d_u], v [n, d_v]."""
@@ -44,9 +43,9 @@ class Moments:
         """argmin E‖u W + c − v‖². Raises ValueError if there are fewer than rows_per_input · d_u tokens."""
         d, need = self.d_u, rows_per_input * max(self.d_u, 1)
         if self.n < need:
+            few = f"{self.n:,} tokens to fit a probe of {d} inputs on, and it wants {rows_per_input} for each input"
             raise ValueError(
-                f"{self.n:,} tokens to fit a probe of {d} inputs on: it wants at least {rows_per_input} for each input. "
-                f"Harvest {need:,} fitting tokens or more (and as many again, in other contexts, for the test)"
+                f"{few}. Harvest {need:,} fitting tokens or more, and as many to test it, in other contexts"
             )
         mean, cov = self.covariance()
         W = solve(cov[:, :d], cov[:, d:])
@@ -95,10 +94,6 @@ class Scores:
         used = self.contexts[self.contexts[:, 0] > 0]
         total = resamples(len(used), n, seed).to(used) @ used
         return (total[:, 1] / (total[:, 2] - total[:, 3:].square().sum(1) / total[:, 0])).cpu()
-
-    def interval(self) -> list[float]:
-        """The 95% bootstrap interval of R², [low, high]."""
-        return with_interval(1 - self.draws())[1:]
 
 
 def resamples(n: int, n_draws: int = 1000, seed: int = 0) -> Tensor:

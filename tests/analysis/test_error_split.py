@@ -56,9 +56,9 @@ def test_bootstrap_interval_covers_and_draws_whole_contexts():
     single, tenfold = least_squares.Scores(), least_squares.Scores()
     single.add(v, noise / 2, one)
     tenfold.add(v.repeat(10, 1), noise.repeat(10, 1) / 2, one.repeat(10))
-    low, high = single.interval()
-    assert low < single.r2() < high and 0.03 < high - low < 0.3
-    assert tenfold.interval() == pytest.approx((low, high), abs=1e-6)
+    r2, low, high = least_squares.with_interval(1 - single.draws())
+    assert low < r2 == single.r2() < high and 0.03 < high - low < 0.3
+    assert least_squares.with_interval(1 - tenfold.draws()) == pytest.approx([r2, low, high], abs=1e-6)
 
 
 def test_draws_of_two_scores_are_paired():
