@@ -54,17 +54,17 @@ class Contexts:
 
 @dataclass
 class ErrorSplit:
-    """What `split_error` finds; R² and FVU on the test stream."""
+    """What `split_error` finds. Scores and norms are those of the test stream."""
 
     vector: Linear  # x → e
     norm: Linear  # x → ‖e‖²
     scores: dict[str, Scores]
-    norms: dict[str, Tensor]  # of every test token: "error", "nonlinear" [n]
+    norms: dict[str, Tensor]  # "error" and "nonlinear", [n] each, of every test token
 
     def summary(self) -> dict[str, float | list[float]]:
-        """r2: of e from x; r2_norm_*: of five squared norms from x; fvu, fvu_nonlinear; each r2_* with `_interval`.
+        """r2 of e from x, r2_norm_* of the squared norms of `FIVE` from x, each with its `_interval`; fvu and fvu_nonlinear.
 
-        fvu_bound = FVU (1 − FVU), and r2 ≥ FVU, hold at a decoder that is optimal for its latents.
+        At a decoder that is optimal for its latents fvu_nonlinear ≤ fvu_bound = FVU (1 − FVU), and r2 ≥ FVU.
         """
         values = {name: 1 - self.scores[name].r2() for name in ("fvu", "fvu_nonlinear")}
         values["fvu_bound"] = values["fvu"] * (1 - values["fvu"])
