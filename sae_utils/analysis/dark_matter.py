@@ -1,10 +1,9 @@
 """What an SAE leaves unexplained (arXiv 2410.14670).
 
 Probes predict the error e = x − x̂ from x by least squares, and split it into a linear and a nonlinear part. `controls` (ours) holds
-what the numbers are compared with, `world` data in which every part of the error is known, and `pursuit` says how much of the error
-is the encoder's fault.
+what the numbers are compared with, and `world` data in which every part of the error is known.
 
-Probes read streams: an iterable, gone through more than once, of dicts with `x` [n, d_in] and `row` [n], the context of each token.
+A *stream* is an iterable, gone through more than once, of dicts with `x` [n, d_in] and `row` [n], the context of each token.
 """
 
 import collections
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from ..activations.hooks import run_prefix, run_spliced, token_loss
 from ..saes.base import measuring
-from .least_squares import ROWS_PER_INPUT, Linear, Moments, Scores, in_batches, resamples, slices, with_interval
+from .least_squares import ROWS_PER_INPUT, Linear, Moments, Scores, resamples, slices, with_interval
+
+FIVE = ("x", "x_hat", "error", "linear", "nonlinear")
 
 
 def verdict(value: list[float], within: tuple[float, float], control: float, name: str = "") -> dict:
@@ -26,15 +27,13 @@ def verdict(value: list[float], within: tuple[float, float], control: float, nam
     The claim holds if the whole interval is in the range, and does not if all of it is outside. If a control, which knows nothing
     of what the claim is about, is in the range as well, a claim that holds is no evidence.
     """
-    (v, low, high), (at_least, at_most) = value, within
-    known = low <= high  # not where they are NaN
-    if known and (high < at_least or low > at_most):
+    (here, low, high), (at_least, at_most) = value, within
+    says = "undecided"  # also where the interval is NaN
+    if high < at_least or low > at_most:
         says = "does not hold here"
-    elif not known or low < at_least or high > at_most:
-        says = "undecided"
-    else:
+    elif at_least <= low and high <= at_most:
         says = f"holds, and {'in' if at_least <= control <= at_most else 'not in'} the control"
-    numbers = {"here": v, "low": low, "high": high, "range": list(within), "control": control}
+    numbers = {"here": here, "low": low, "high": high, "range": list(within), "control": control}
     return numbers | {"control is": name, "verdict": says}
 
 
@@ -55,32 +54,26 @@ class Contexts:
 
 @dataclass
 class ErrorSplit:
-    """What `split_error` finds; R² and FVU on the test stream."""
+    """What `split_error` finds. Scores and norms are those of the test stream."""
 
     vector: Linear  # x → e
     norm: Linear  # x → ‖e‖²
     scores: dict[str, Scores]
-    norms: dict[str, Tensor]  # of every test token: "error", "nonlinear" [n]
-
-    def nonlinear(self, x: Tensor, error: Tensor) -> Tensor:
-        """e − LinearError(x)."""
-        return error - self.vector(x)
+    norms: dict[str, Tensor]  # "error" and "nonlinear", [n] each, of every test token
 
     def summary(self) -> dict[str, float | list[float]]:
-        """r2: of e from x; r2_norm_*: of five squared norms from x; fvu, fvu_nonlinear; each r2_* with `_interval`.
+        """r2 of e from x, r2_norm_* of the squared norms of `FIVE` from x, each with its `_interval`; fvu and fvu_nonlinear.
 
-        fvu_bound = FVU (1 − FVU), and r2 ≥ FVU, hold at a decoder that is optimal for its latents.
+        At a decoder that is optimal for its latents fvu_nonlinear ≤ fvu_bound = FVU (1 − FVU), and r2 ≥ FVU.
         """
-        values = {"fvu": 1 - self.scores["fvu"].r2(), "fvu_nonlinear": 1 - self.scores["fvu_nonlinear"].r2()}
+        values = {name: 1 - self.scores[name].r2() for name in ("fvu", "fvu_nonlinear")}
         values["fvu_bound"] = values["fvu"] * (1 - values["fvu"])
         values["r2_per_coordinate"] = float(self.scores["r2"].per_coordinate().nanmean())
         for name, score in self.scores.items():
             if name.startswith("r2"):
-                values |= {name: score.r2(), f"{name}_interval": list(score.interval())}
+                value, *interval = with_interval(1 - score.draws())
+                values |= {name: value, f"{name}_interval": interval}
         return values
-
-
-FIVE = ("x", "x_hat", "error", "linear", "nonlinear")
 
 
 @measuring
@@ -92,36 +85,33 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     `sae`: any callable x → object with x_hat. Raises ValueError for fewer than 40 · d_in fitting tokens, and where a context is
     in both streams.
     """
-    moments, seen = Moments(), set()
+    moments, norm_moments, seen = Moments(), Moments(), set()
     for batch in slices(fit):
         moments.add(batch["x"], batch["x"] - sae(batch["x"]).x_hat)
         seen |= set(batch["row"].unique().tolist())
     vector = moments.fit(rows_per_input)
 
     def five(x):
+        """The vectors of `FIVE`, and their squared norms [n, 5]."""
         x_hat, linear = sae(x).x_hat, vector(x)
-        return dict(zip(FIVE, (x, x_hat, x - x_hat, linear, x - x_hat - linear)))
+        parts = dict(zip(FIVE, (x, x_hat, x - x_hat, linear, x - x_hat - linear)))
+        return parts, torch.stack([part.double().square().sum(1) for part in parts.values()], 1)
 
-    def squares(parts):
-        return torch.stack([part.double().square().sum(1) for part in parts.values()], 1)
-
-    norm_moments = Moments(of=moments)
     for batch in slices(fit):
-        norm_moments.add(batch["x"], squares(five(batch["x"])))
+        norm_moments.add(batch["x"], five(batch["x"])[1])
     norm = norm_moments.fit(rows_per_input)
     scores, norms = collections.defaultdict(Scores), collections.defaultdict(list)
     for batch in slices(test):
         x, row = batch["x"], batch["row"]
         if both := seen & set(row.unique().tolist()):
             raise ValueError(f"context {min(both)} is in both streams: split by context, not by token")
-        parts = five(x)
+        parts, squares = five(x)
         scores["r2"].add(parts["error"], parts["nonlinear"], row)
         scores["fvu"].add(x, parts["error"], row)
         scores["fvu_nonlinear"].add(x, parts["nonlinear"], row)
-        target = squares(parts)
-        residual = target - norm(x.double())
+        residual = squares - norm(x.double())
         for i, name in enumerate(FIVE):
-            scores[f"r2_norm_{name}"].add(target[:, [i]], residual[:, [i]], row)
+            scores[f"r2_norm_{name}"].add(squares[:, [i]], residual[:, [i]], row)
         for name in ("error", "nonlinear"):
             norms[name].append(parts[name].norm(dim=1).cpu())
     at = FIVE.index("error")
@@ -129,40 +119,36 @@ def split_error(sae, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> ErrorSp
     return ErrorSplit(vector, norm, dict(scores), {name: torch.cat(found) for name, found in norms.items()})
 
 
-def norm_scaling(norm_i: Tensor, norm_j: Tensor, nonlinear_i: Tensor) -> dict[str, float]:
-    """How well ‖e_i‖ predicts ‖e_j‖ of the same tokens [n], by least squares with bias.
+@torch.no_grad()
+def map_from(inputs, target, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> Scores:
+    """Least squares from inputs(batch) [n, d_u] to target(batch) [n, d_v], fitted on one stream and scored on the other.
 
-    r2: of ‖e_i‖ alone; removed: the share of what remains that ‖nonlinear_i‖ removes.
+    With several hooks in one ActivationStore `inputs` may join what earlier components wrote, or their SAEs' reconstructions.
     """
-    one, two = (
-        map_of_norms(inputs, norm_j, 1).draws(0)[0] for inputs in (norm_i, torch.stack([norm_i, nonlinear_i], 1))
-    )
-    return {"r2": float(1 - one), "removed": float(1 - two / one)}
+    moments, scores = Moments(), Scores()
+    for batch in fit:
+        moments.add(inputs(batch), target(batch))
+    linear = moments.fit(rows_per_input)
+    for batch in test:
+        v = target(batch)
+        scores.add(v, v - linear(inputs(batch)), batch["row"])
+    return scores
 
 
-def map_of_norms(norm_i: Tensor, norm_j: Tensor, n_contexts: int) -> Scores:
-    """Least squares of ‖e_j‖ [n] on ‖e_i‖ [n], or on several inputs [n, d_u], as scores by context for the interval of its R²."""
-    both = torch.cat([norm_i.view(len(norm_j), -1), norm_j[:, None]], 1).double()
-    stream = in_batches(both, len(both) // n_contexts)
-    return map_from(lambda b: b["x"][:, :-1], lambda b: b["x"][:, -1:], stream, stream, rows_per_input=1)
-
-
-def group_r2(fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-    """R² on test tokens of the mean of their group over the fitting tokens; a new group gets the mean of all.
-
-    fit, test: (values [n], group [n]).
-    """
-    (v, group), (v_test, group_test) = fit, test
-    mean = pd.Series(v.double().numpy()).groupby(group.numpy()).mean()
-    predicted = mean.reindex(group_test.numpy()).fillna(float(v.double().mean()))
-    scores = Scores()
-    scores.add(v_test[:, None], (v_test - torch.tensor(predicted.to_numpy()))[:, None])
-    return scores.r2()
+def map_of_norms(inputs: Tensor, norm: Tensor, n_contexts: int) -> Scores:
+    """Least squares with bias of ‖e‖ [n] on other norms of the same tokens, [n] or [n, d_u], scored on these tokens by context."""
+    u, v = inputs.view(len(norm), -1).double(), norm[:, None].double()
+    stream = [{"u": u, "v": v, "row": torch.arange(len(norm)) // (len(norm) // n_contexts)}]
+    return map_from(lambda batch: batch["u"], lambda batch: batch["v"], stream, stream, rows_per_input=1)
 
 
 @measuring
 def norm_baselines(sae, fit, test, power: int = 2) -> dict[str, float]:
-    """R² of ‖e‖^power on the test stream from less than x: its length (‖x‖, ‖x‖²), the token, the position (means of groups)."""
+    """R² of ‖e‖^power on the test stream from less than x: its length (‖x‖, ‖x‖²), the token, or the position.
+
+    Token and position predict the mean of their fitting tokens, and the mean of all where they are new. Both streams need
+    `tokens` and `position` [n] as well.
+    """
 
     def target(batch):
         return (batch["x"] - sae(batch["x"]).x_hat).norm(dim=1, keepdim=True) ** power
@@ -171,14 +157,17 @@ def norm_baselines(sae, fit, test, power: int = 2) -> dict[str, float]:
         norm = batch["x"].norm(dim=1, keepdim=True)
         return torch.cat([norm, norm.square()], 1)
 
+    def table(batch):
+        return pd.DataFrame({"target": target(batch)[:, 0].double().cpu()} | {key: batch[key].cpu() for key in groups})
+
+    groups = ("tokens", "position")
     values = {"‖x‖, ‖x‖²": map_from(length, target, fit, test).r2()}
-    gathered = [
-        {"target": torch.cat([target(b)[:, 0].cpu() for b in part])}
-        | {key: torch.cat([b[key].cpu() for b in part]) for key in ("tokens", "position")}
-        for part in (fit, test)
-    ]
-    for key in ("tokens", "position"):
-        values[key] = group_r2(*((part["target"], part[key]) for part in gathered))
+    known, new = (pd.concat([table(batch) for batch in stream]) for stream in (fit, test))
+    for key in groups:
+        predicted = new[key].map(known.groupby(key)["target"].mean()).fillna(known["target"].mean())
+        scores, v = Scores(), torch.tensor(new["target"].to_numpy())[:, None]
+        scores.add(v, v - torch.tensor(predicted.to_numpy())[:, None])
+        values[key] = scores.r2()
     return values
 
 
@@ -199,46 +188,29 @@ def patched_ce(lm, rows, hook_name: str, sae, split: ErrorSplit, batch_rows: int
     """Cross-entropy with the activation at positions ≥ 1 replaced by x̂, x̂ + LinearError, x̂ + NonlinearError.
 
     recovered = (CE_sae − CE_setting) / (CE_sae − CE_clean); share = 1 − Σ‖x − patch‖² / Σ‖e‖², how much of the error's squared
-    length the patch puts back; ratio = recovered / share as (value, low, high), with batches of rows drawn again. "fraction" is a
+    length the patch puts back; ratio = recovered / share as [value, low, high], with batches of rows drawn again. "fraction" is a
     control (ours): x̂ + s e with the share of the nonlinear error. Means are over predictions at positions ≥ 1 of `rows` [n, n_ctx].
     """
-    settings = ("linear", "nonlinear", "fraction")
-    nats, squares, n = [], [], 0
+    sums, n = [], 0
     for i in range(0, len(rows), batch_rows):
         tokens = torch.from_numpy(np.asarray(rows[i : i + batch_rows]).astype("int64")).to(lm.cfg.device)
         x = run_prefix(lm, tokens, [hook_name])[hook_name].float()
         x_hat = sae(x).x_hat
         linear, error = split.vector(x), x - x_hat
-        patches = {"clean": x, "sae": x_hat, "linear": x_hat + linear, "nonlinear": x - linear}
         left = (linear[:, 1:].square().sum() / error[:, 1:].square().sum().clamp_min(1e-30)).sqrt()
+        patches = {"clean": x, "sae": x_hat, "linear": x_hat + linear, "nonlinear": x - linear}
         patches["fraction"] = x - left * error  # leaves as much of ‖e‖² as x̂ + NonlinearError does
-        patches = {name: torch.cat([x[:, :1], patch[:, 1:]], 1) for name, patch in patches.items()}
-        losses = [token_loss(run_spliced(lm, tokens, hook_name, p), tokens)[:, 1:] for p in patches.values()]
-        nats.append([float(loss.double().sum()) for loss in losses])
-        squares.append([float((x - patch).double().square().sum()) for patch in patches.values()])
-        n += tokens[:, 2:].numel()
-    nats, squares = torch.tensor(nats, dtype=torch.double), torch.tensor(squares, dtype=torch.double)
+        for patch in patches.values():
+            patch = torch.cat([x[:, :1], patch[:, 1:]], 1)
+            loss = token_loss(run_spliced(lm, tokens, hook_name, patch), tokens)[:, 1:]
+            sums.append([float(loss.double().sum()), float((x - patch).double().square().sum())])
+        n += loss.numel()
+    nats, squares = torch.tensor(sums, dtype=torch.double).view(-1, len(patches), 2).unbind(2)  # [n_batches, 5]
     values = {f"ce_{name}": float(total) / n for name, total in zip(patches, nats.sum(0))}
-    nats, squares = (resamples(len(nats)) @ sums for sums in (nats, squares))  # [1 + 1000, 5]
-    for at, name in enumerate(settings, start=2):
+    nats, squares = resamples(len(nats)) @ nats, resamples(len(nats)) @ squares  # [1 + 1000, 5]
+    for at, name in enumerate(list(patches)[2:], start=2):
         recovered = (nats[:, 1] - nats[:, at]) / (nats[:, 1] - nats[:, 0])
         share = 1 - squares[:, at] / squares[:, 1]
         values |= {f"recovered_{name}": float(recovered[0]), f"share_{name}": float(share[0])}
         values[f"ratio_{name}"] = with_interval(recovered / share)
     return values
-
-
-@torch.no_grad()
-def map_from(inputs, target, fit, test, rows_per_input: int = ROWS_PER_INPUT) -> Scores:
-    """Least squares from inputs(batch) [n, d_u] to target(batch) [n, d_v], scored on the test stream: 1 − R² of it is left.
-
-    With several hooks in one ActivationStore `inputs` may join what earlier components wrote, or their SAEs' reconstructions.
-    """
-    moments, scores = Moments(), Scores()
-    for batch in fit:
-        moments.add(inputs(batch), target(batch))
-    linear = moments.fit(rows_per_input)
-    for batch in test:
-        v = target(batch)
-        scores.add(v, v - linear(inputs(batch)), batch["row"])
-    return scores

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-ROWS_PER_INPUT = 40
+ROWS_PER_INPUT = 40  # tokens that a fit asks for, for each of its inputs
 
 
 @dataclass
@@ -22,36 +22,30 @@ class Linear:
 
 
 class Moments:
-    """Sums in fp64 over tokens of (u, v), from which v is regressed on u; memory does not grow with tokens.
+    """Sums in fp64 over tokens of (u, v), from which v is regressed on u. Memory does not grow with the number of tokens."""
 
-    of: Moments of the same u with another v, for Σ uᵀu, which is most of the work.
-    """
-
-    def __init__(self, of: "Moments | None" = None):
-        self.n = self.d_u = self.total = self.gram = 0  # total: Σ (u, v); gram: Σ uᵀ (u, v), or Σ uᵀ v beside `of`
-        self.of = of
+    n = d_u = total = gram = 0  # total: Σ (u, v); gram: Σ uᵀ (u, v)
 
     def add(self, u: Tensor, v: Tensor) -> None:
         """u [n, d_u], v [n, d_v]."""
         self.n, self.d_u = self.n + len(u), u.shape[1]
-        for part_u, part_v in zip(u.split(2048), v.split(2048)):
-            both = torch.cat([part_u.double(), part_v.double()], 1)
+        for part in torch.cat([u, v], 1).split(2048):
+            both = part.double()
             self.total += both.sum(0)
-            self.gram += both[:, : self.d_u].T @ (both[:, self.d_u :] if self.of else both)
+            self.gram += both[:, : self.d_u].T @ both
 
     def covariance(self) -> tuple[Tensor, Tensor]:
         """Mean [d_u + d_v] of (u, v), and covariance over n of u with (u, v), [d_u, d_u + d_v]."""
-        gram = torch.cat([self.of.gram[:, : self.d_u], self.gram], 1) if self.of else self.gram
         mean = self.total / self.n
-        return mean, gram / self.n - mean[: self.d_u, None] * mean
+        return mean, self.gram / self.n - mean[: self.d_u, None] * mean
 
     def fit(self, rows_per_input: int = ROWS_PER_INPUT) -> Linear:
         """argmin E‖u W + c − v‖². Raises ValueError if there are fewer than rows_per_input · d_u tokens."""
         d, need = self.d_u, rows_per_input * max(self.d_u, 1)
         if self.n < need:
+            few = f"{self.n:,} tokens to fit a probe of {d} inputs on, and it wants {rows_per_input} for each input"
             raise ValueError(
-                f"{self.n:,} tokens to fit a probe of {d} inputs on: it wants at least {rows_per_input} for each input. "
-                f"Harvest {need:,} fitting tokens or more (and as many again, in other contexts, for the test)"
+                f"{few}. Harvest {need:,} fitting tokens or more, and as many to test it, in other contexts"
             )
         mean, cov = self.covariance()
         W = solve(cov[:, :d], cov[:, d:])
@@ -59,26 +53,26 @@ class Moments:
 
 
 def solve(A: Tensor, B: Tensor) -> Tensor:
-    """A⁻¹ B for a covariance A; directions without variance (1e-12 of the largest) take no part."""
+    """A⁻¹ B for a covariance A. Directions without variance (1e-12 of the largest) take no part."""
     return torch.linalg.pinv(A, rtol=1e-12, hermitian=True) @ B
 
 
 class Scores:
-    """R² = 1 − Σ‖v − prediction‖² / Σ‖v − v̄‖² of held-out tokens, from sums kept for every context.
+    """R² = 1 − Σ‖v − prediction‖² / Σ‖v − v̄‖² of held-out tokens, from sums that are kept for every context.
 
-    Pooled: both sums over coordinates as well, so that coordinates with much variance count for more.
+    Both sums run over coordinates as well, so that coordinates with much variance count for more.
     """
 
     contexts = None  # [n_contexts, 3 + d]: n, ‖residual‖², ‖v‖², v
     coordinates = 0  # [2, d]: residual², v²
 
     def add(self, v: Tensor, residual: Tensor, context: Tensor | None = None) -> None:
-        """v and residual = v − prediction [n, d], context [n] whole numbers ≥ 0 (default all the same)."""
+        """v and residual = v − prediction [n, d], context [n] whole numbers ≥ 0 (by default all tokens are of one)."""
         v, residual = v.double(), residual.double()
         context = v.new_zeros(len(v), dtype=torch.long) if context is None else context
-        squares = residual.square(), v.square()
-        self.coordinates += torch.stack([square.sum(0) for square in squares])
-        about = torch.cat([v.new_ones(len(v), 1), *(square.sum(1, keepdim=True) for square in squares), v], 1)
+        self.coordinates += torch.stack([residual.square().sum(0), v.square().sum(0)])
+        lengths = [part.square().sum(1, keepdim=True) for part in (residual, v)]
+        about = torch.cat([v.new_ones(len(v), 1), *lengths, v], 1)
         self.contexts = about[:0] if self.contexts is None else self.contexts
         if (more := int(context.max()) + 1 - len(self.contexts)) > 0:
             self.contexts = pad(self.contexts, (0, 0, 0, more))
@@ -88,22 +82,18 @@ class Scores:
         return 1 - float(self.draws(0)[0])
 
     def per_coordinate(self) -> Tensor:
-        """R² of every coordinate, [d]; NaN for one without variance."""
+        """R² of every coordinate, [d]. It is NaN for a coordinate without variance."""
         total = self.contexts.sum(0)
         return 1 - self.coordinates[0] / (self.coordinates[1] - total[3:].square() / total[0])
 
     def draws(self, n: int = 1000, seed: int = 0) -> Tensor:
-        """1 − R² [1 + n]: of all contexts, then with contexts drawn again (bootstrap; the probe stays).
+        """1 − R² [1 + n]: of all contexts, then with contexts drawn again (a bootstrap in which the probe stays).
 
         Scores of the same contexts draw the same ones for equal seeds, so that differences and ratios of them are paired.
         """
         used = self.contexts[self.contexts[:, 0] > 0]
         total = resamples(len(used), n, seed).to(used) @ used
         return (total[:, 1] / (total[:, 2] - total[:, 3:].square().sum(1) / total[:, 0])).cpu()
-
-    def interval(self, n: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-        """Bootstrap interval of R²."""
-        return tuple(with_interval(1 - self.draws(n, seed), level)[1:])
 
 
 def resamples(n: int, n_draws: int = 1000, seed: int = 0) -> Tensor:
@@ -113,10 +103,10 @@ def resamples(n: int, n_draws: int = 1000, seed: int = 0) -> Tensor:
     return torch.zeros(drawn.shape, dtype=torch.double).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
 
 
-def with_interval(draws: Tensor, level: float = 0.95) -> list[float]:
-    """[value, low, high] of bootstrap draws [1 + n], of which the first is the value."""
-    quantiles = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=draws.dtype)
-    return [float(draws[0]), *draws[1:].quantile(quantiles).tolist()]
+def with_interval(draws: Tensor) -> list[float]:
+    """[value, low, high] of bootstrap draws [1 + n], of which the first is the value. The interval holds 95% of the others."""
+    ends = torch.tensor([(1 - 0.95) / 2, (1 + 0.95) / 2], dtype=draws.dtype)
+    return [float(draws[0]), *draws[1:].quantile(ends).tolist()]
 
 
 def power_law(sizes, scores: list[Scores]) -> Tensor:
@@ -132,7 +122,7 @@ def in_batches(x: Tensor, n_ctx: int = 256, size: int = 8192) -> list[dict]:
 
 
 def slices(stream, size: int = 2048):
-    """The stream in slices so small that what is computed of them in fp64 takes no memory to speak of."""
+    """The stream in slices so small that fp64 copies of them take little memory."""
     for batch in stream:
         for i in range(0, len(batch["x"]), size):
             yield {key: value[i : i + size] for key, value in batch.items()}

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from ..saes.base import SAEOutput
+from ..values import one_of
 
 
 @torch.no_grad()
@@ -29,12 +30,11 @@ def gradient_pursuit(
     d_sae, d_in = W_dec.shape
     shape = x.shape[:-1]
     l0 = torch.as_tensor(l0, device=x.device).expand(shape).flatten()
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: {', '.join(METHODS)} are there")
     if x.shape[-1] != d_in or b_dec.shape != (d_in,):
         raise ValueError(f"x {list(x.shape)} and b_dec {list(b_dec.shape)} have to end in d_in={d_in} of W_dec")
     if l0.is_floating_point() or len(l0) and not 0 <= l0.min() <= l0.max() <= d_sae:
         raise ValueError(f"l0 has to be whole numbers between 0 and d_sae={d_sae}")
+    fit = METHODS[one_of("method", method, METHODS)]
     norm = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
     D, signal = W_dec / norm[:, None], x.reshape(-1, d_in).to(W_dec.dtype) - b_dec
     n_steps = int(l0.max()) if len(l0) else 0
@@ -43,7 +43,7 @@ def gradient_pursuit(
     order = l0.argsort(descending=True)  # tokens that take part in a step are then a slice
     n_chunk = max(1, 2**26 // (d_sae + d_in * max(n_steps, 1)))  # about 256 MiB
     for chunk in order.split(n_chunk):
-        values[chunk], indices[chunk] = pursue(signal[chunk], D, l0[chunk], n_steps, METHODS[method])
+        values[chunk], indices[chunk] = pursue(signal[chunk], D, l0[chunk], n_steps, fit)
     return (values / norm[indices]).view(*shape, n_steps), indices.view(*shape, n_steps)
 
 

@@ -1,4 +1,4 @@
-"""Synthetic data in which every part of an SAE's error is known, so that the probes of `sae_utils.dark_matter` can be scored (ours)."""
+"""Synthetic data in which every part of an SAE's error is known, so that the probes of `dark_matter` can be scored (ours)."""
 
 import itertools
 from dataclasses import dataclass
@@ -36,58 +36,55 @@ class World:
 
     def draw(self, n: int) -> tuple[Tensor, dict[str, Tensor]]:
         """x [n, d_in] and the parts of e = x − x̂, which add up to it: absent, dense, noise, shrinkage, introduced."""
+        kind = one_of("introduced_kind", self.introduced_kind, KINDS)
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape):
             return torch.randn(*shape, generator=generator)
 
-        one_of("introduced_kind", self.introduced_kind, KINDS)
         directions = normalize(normal(self.n_features, self.d_in), dim=1)
         frequency = 1 / torch.arange(1, self.n_features + 1)
         frequency = (self.l0 * frequency / frequency.sum()).clamp_max(0.5)
         fires = torch.rand(n, self.n_features, generator=generator) < frequency
         weights = fires * (0.5 + torch.rand(n, self.n_features, generator=generator))
         basis = normalize(normal(self.rank, self.d_in), dim=1) * (self.d_in / self.rank) ** 0.5
-        known, absent = weights.tensor_split([self.n_known], 1)
-        seen = known @ directions[: self.n_known]
-        parts = {"absent": absent @ directions[self.n_known :], "dense": self.dense * normal(n, self.rank) @ basis}
+        seen = weights[:, : self.n_known] @ directions[: self.n_known]
+        parts = {"absent": weights[:, self.n_known :] @ directions[self.n_known :]}
+        parts["dense"] = self.dense * normal(n, self.rank) @ basis
         parts["noise"] = self.noise * normal(n, self.d_in)
         x = seen + sum(parts.values())
         parts["shrinkage"] = (1 - self.shrink) * seen
         own = self.introduced * normal(n, self.d_in)
-        if self.introduced_kind == "anisotropic":
+        if kind == "anisotropic":
             own = own * (torch.arange(self.d_in) < self.d_in // 8) * 8**0.5
-        if self.introduced_kind == "grows":
+        elif kind == "grows":
             length = x.norm(dim=1, keepdim=True)
             own = own * length / length.square().mean().sqrt()
-        if self.introduced_kind == "of x":
+        elif kind == "of x":
             own = ((x - x.mean(0)) @ normal(self.d_in, self.d_in)).relu()
             own = self.introduced * (own - own.mean(0)) / own.std()
         return x, parts | {"introduced": own}
 
 
 def attribution(x: Tensor, parts: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Where each part of e = Σ parts goes: its share of tr Cov(e), and how much of that is in the linear and the nonlinear error.
+    """Where each part p of e = Σ p goes: its share of tr Cov(e), and how much of that is in the linear and the nonlinear error.
 
-    With p a part, tr Cov(N, p) summed over parts is tr Cov(N): an exact account of the nonlinear error, and so for the linear one.
-    kept = tr Cov(L, p) / tr Cov(e, p) is what the linear error takes of the part. Fitted and scored on halves of x [n, d_in].
+    tr Cov(N, p) summed over parts is tr Cov(N), an exact account of the nonlinear error N, and so for the linear error L.
+    kept = tr Cov(L, p) / tr Cov(e, p) is what L takes of the part. Fitted and scored on halves of x [n, d_in].
     """
     half, error = len(x) // 2, sum(parts.values())
     moments = Moments()
     moments.add(x[:half], error[:half])
-    linear = moments.fit()(x[half:])
-    nonlinear = error[half:] - linear
+    error, linear = error[half:], moments.fit()(x[half:])
 
     def trace(a, b):
         return float(((a - a.mean(0)) * (b - b.mean(0))).double().sum())
 
-    total = trace(error[half:], error[half:])
-    account = {}
+    total, account = trace(error, error), {}
     for name, part in parts.items():
-        own = trace(error[half:], part[half:])
-        in_linear, in_nonlinear = trace(linear, part[half:]), trace(nonlinear, part[half:])
-        account[name] = {"share": own / total, "linear": in_linear / total, "nonlinear": in_nonlinear / total}
-        account[name]["kept"] = in_linear / own if own else 0.0
+        own, of_linear, of_rest = (trace(whole, part[half:]) for whole in (error, linear, error - linear))
+        account[name] = {"share": own / total, "linear": of_linear / total, "nonlinear": of_rest / total}
+        account[name]["kept"] = of_linear / own if own else 0.0
     return account
 
 
@@ -112,10 +109,9 @@ def noise_grid(levels, n_known=(256, 192, 128), n: int = 8000, seed: int = 0) ->
     levels: standard deviations of both. n_known: how many of the 256 features, the most frequent, the SAE has. Each [n_worlds].
     """
     found = []
-    for known, noise, introduced in itertools.product(n_known, levels, levels):
-        account = attribution(
-            *World(n_known=known, noise=float(noise), introduced=float(introduced), seed=seed).draw(n)
-        )
+    for known, noise, introduced in itertools.product(n_known, map(float, levels), map(float, levels)):
+        world = World(n_known=known, noise=noise, introduced=introduced, seed=seed)
+        account = attribution(*world.draw(n))
         nonlinear = sum(part["nonlinear"] for part in account.values())
-        found.append([float(known), float(noise), account["introduced"]["share"], nonlinear])
+        found.append([known, noise, account["introduced"]["share"], nonlinear])
     return dict(zip(("n_known", "noise", "introduced", "nonlinear"), torch.tensor(found).T))

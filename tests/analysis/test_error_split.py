@@ -43,16 +43,6 @@ def test_probe_equals_lstsq_however_the_stream_is_cut():
     torch.testing.assert_close(torch.cat([linear.W, linear.c[None]]), expected, atol=1e-9, rtol=1e-7)
 
 
-def test_moments_of_the_same_inputs_share_their_sums():
-    u, v, w = normal(500, 6), normal(500, 4, seed=1), normal(500, 2, seed=2)
-    first, alone = least_squares.Moments(), least_squares.Moments()
-    first.add(u, v)
-    shared = least_squares.Moments(of=first)
-    for moments in (shared, alone):
-        moments.add(u, w)
-    assert torch.equal(shared.fit().W, alone.fit().W) and torch.equal(shared.fit().c, alone.fit().c)
-
-
 def test_an_input_without_variance_takes_no_part():
     u = torch.cat([normal(500, 2), torch.full((500, 1), 7.0)], 1)
     moments = least_squares.Moments()
@@ -66,9 +56,9 @@ def test_bootstrap_interval_covers_and_draws_whole_contexts():
     single, tenfold = least_squares.Scores(), least_squares.Scores()
     single.add(v, noise / 2, one)
     tenfold.add(v.repeat(10, 1), noise.repeat(10, 1) / 2, one.repeat(10))
-    low, high = single.interval()
-    assert low < single.r2() < high and 0.03 < high - low < 0.3
-    assert tenfold.interval() == pytest.approx((low, high), abs=1e-6)
+    r2, low, high = least_squares.with_interval(1 - single.draws())
+    assert low < r2 == single.r2() < high and 0.03 < high - low < 0.3
+    assert least_squares.with_interval(1 - tenfold.draws()) == pytest.approx([r2, low, high], abs=1e-6)
 
 
 def test_draws_of_two_scores_are_paired():
@@ -228,16 +218,26 @@ def test_surrogate_has_mean_and_covariance():
     torch.testing.assert_close(new_cov, cov, atol=0.1, rtol=0.03)
 
 
-def test_norm_scaling_by_hand_and_groups():
+def test_maps_between_norms():
+    """Independent a, b of one variance: a explains half of a + b, and (a, b) all of it."""
     a, b = normal(5000), normal(5000, seed=1)
-    found = dark_matter.norm_scaling(a, a + b, b)
-    assert found["r2"] == pytest.approx(0.5, abs=0.03) and found["removed"] == pytest.approx(1)
-    assert dark_matter.map_of_norms(a, a + b, 50).r2() == pytest.approx(found["r2"], abs=1e-6)
-    values, group = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1])
-    # groups have means 2 and 5, the new group 2 gets 3; test values 2, 5, 8: residuals 0, 0, 5, around a mean of 5: 18
-    assert dark_matter.group_r2((values, group), (torch.tensor([2.0, 5.0, 8.0]), torch.arange(3))) == pytest.approx(
-        1 - 25 / 18
-    )
+    assert dark_matter.map_of_norms(a, a + b, 50).r2() == pytest.approx(0.5, abs=0.03)
+    assert dark_matter.map_of_norms(a, a + b, 1).r2() == pytest.approx(0.5, abs=0.03)
+    assert dark_matter.map_of_norms(torch.stack([a, b], 1), a + b, 50).r2() == pytest.approx(1)
+
+
+def test_baselines_of_groups_by_hand():
+    """‖e‖ 1, 3, 5 of tokens 0, 0, 1: means 2 and 5, and 3 for the new token 2. Test values 2, 5, 8: residuals 0, 0, 5, around 5: 18."""
+
+    def stream(norms, group):
+        return [{"x": torch.tensor(norms)[:, None], "row": group, "tokens": group, "position": group}]
+
+    def no_output(x):
+        return SimpleNamespace(x_hat=torch.zeros_like(x))
+
+    known = stream([1.0, 3.0, 5.0] * 30, torch.tensor([0, 0, 1] * 30))
+    values = dark_matter.norm_baselines(no_output, known, stream([2.0, 5.0, 8.0], torch.arange(3)), power=1)
+    assert values["tokens"] == values["position"] == pytest.approx(1 - 25 / 18)
 
 
 def test_parts_of_the_error_are_accounted_for():

@@ -165,7 +165,7 @@ def test_with_the_saes_own_number_of_latents():
         ({"l0": 6}, "between 0 and d_sae=5"),
         ({"l0": -1}, "between 0 and d_sae=5"),
         ({"l0": torch.tensor([1.0, 2.0])}, "whole numbers"),
-        ({"method": "basis"}, "method='basis': gradient, orthogonal"),
+        ({"method": "basis"}, "method='basis': allowed are 'gradient', 'orthogonal'"),
     ],
 )
 def test_what_does_not_fit(change, message):
