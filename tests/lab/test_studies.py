@@ -22,6 +22,7 @@ OTHERWISE = {  # what one name means otherwise in a study, as a pattern of paths
     "02_gated": r"at \d+|_l0_\d+|at_k|gap|less_gated|pursuit|/(l0|fvu|kl|gamma|dead|ce_(sae|increase|recovered))",  # read off six λ, not three
     "03_e2e": r"matched_cosine",  # of end-to-end SAEs from scratch
     "04_gsae": r"best_beta|effect_(kl|max_logit|own_logprob|gaps|latents)",  # over more β and latents
+    "06_error": r"^/ce|CE:|grid_|claims",  # over all test rows and six levels; claims: checked by their numbers
     "07_interventions": r"ReLU|Gated|verdicts|rank_|_at_0.2_|success",  # SAEs at another of the study's λ
     "08_methods": r"ReLU|Gated|f1_another|over_topk",
 }
