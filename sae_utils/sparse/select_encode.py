@@ -170,7 +170,7 @@ def certified(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     certain = lowest + bound < values.amin(1)  # False for a row with NaN
     if not certain.all():
         again = (~certain).nonzero().squeeze(1)
-        values[again], columns[again] = largest(product(x[again], W, b, x.dtype), k)
+        values[again], columns[again] = largest(torch.addmm(b, x[again], W), k)
     return values, columns
 
 
