@@ -33,6 +33,7 @@ def triton_for(tensor: Tensor):
             from . import kernels
 
             return kernels if kernels.available(tensor) else None
+    return None
 
 
 class Active:
