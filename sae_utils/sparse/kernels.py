@@ -2,7 +2,7 @@
 
 An entry is a value and the index of a row; a bag is a run of entries, from `offsets[bag]` to `offsets[bag + 1]`. The active
 latents of a token are a bag (decoding, and the gradient of its activations), and so are the tokens of a latent (the weight
-gradients). `sparse.py` builds every forward and backward pass from these functions, which autograd does not see.
+gradients). `select_encode.py` builds every forward and backward pass from these functions, which autograd does not see.
 
 Products and sums are fp32, and exact fp32 for fp32 inputs; equal inputs give equal bits. Sizes of blocks were chosen by
 counting bytes and instructions.
@@ -30,18 +30,15 @@ def available(tensor: Tensor) -> bool:
     return torch.cuda.get_device_capability(tensor.device) >= (7, 5)
 
 
-def select(z: Tensor, k: int, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def select(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of z [batch, d_sae] (fp32 or bf16): values and int64 indices, [batch, k], in no set order.
 
-    Ties go to the same indices every time; NaN counts as the largest. z is read once. `out` are two contiguous tensors to
-    fill. ValueError unless 1 ≤ k ≤ d_sae; TypeError for another dtype.
+    Ties go to the same indices every time; NaN counts as the largest. z is read once. ValueError unless 1 ≤ k ≤ d_sae.
     """
     (batch, d), z = z.shape, unit_stride(z)
-    if not 1 <= k <= d:
-        raise ValueError(f"k = {k}: a row has {d} values to select from; take 1 ≤ k ≤ {d}")
-    if z.dtype not in DTYPES:
-        raise TypeError(f"pre-activations are {z.dtype}; float32 and bfloat16 can be selected from")
-    values, indices = out or (z.new_empty(batch, k), torch.empty(batch, k, dtype=torch.long, device=z.device))
+    if not 1 <= k <= d or z.dtype not in DTYPES:
+        raise ValueError(f"k = {k} of {d} values in {z.dtype}: take 1 ≤ k ≤ {d}, and float32 or bfloat16")
+    values, indices = z.new_empty(batch, k), torch.empty(batch, k, dtype=torch.long, device=z.device)
     # Two selections, from n and from k · d / n numbers, cost least where those are alike; a group takes more registers.
     k_padded = power_of_2(k)
     groups = power_of_2(max(k_padded, math.sqrt(d * k_padded / 2)))
@@ -51,32 +48,29 @@ def select(z: Tensor, k: int, out: tuple[Tensor, Tensor] | None = None) -> tuple
     # enough warps to fill a GPU also where z comes in chunks of a few hundred rows.
     warps = min(max(groups // 128, 1), 16)
     short = z.dtype == torch.bfloat16 and max(groups, k_padded * runs * run) <= 2**16
+    sizes = dict(d=d, k=k, K=k_padded, GROUPS=groups, RUN=run, RUNS=runs, SHORT=short, num_warps=warps)
     with torch.cuda.device_of(z):
-        select_kernel[(batch,)](
-            z, values, indices, z.stride(0), d, k, k_padded, groups, run, runs, short, num_warps=warps
-        )  # fmt: skip
+        select_kernel[(batch,)](z, values, indices, z.stride(0), **sizes)
     return values, indices
 
 
-def bag_sum(values: Tensor, indices: Tensor, offsets: Tensor, rows: Tensor, longest: int | None = None) -> Tensor:
+def bag_sum(values: Tensor, indices: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
     """out[bag] = Σ_e values[e] · rows[indices[e]] over the bag's entries e: fp32 [n_bags, d] from rows [m, d].
 
     values and indices (int64) are [n], offsets (int64) [n_bags + 1] from 0 to n. Bags may be empty, and of very unlike
-    sizes: what is longer than LONGEST is cut into pieces, added in a fixed order. `longest`, where the caller knows that
-    no bag is longer, saves looking for such bags.
+    sizes: what is longer than LONGEST is cut into pieces, added in a fixed order.
     """
     rows, n, n_bags, d = unit_stride(rows), len(indices), len(offsets) - 1, rows.shape[1]
     out = torch.empty(n_bags, d, dtype=torch.float32, device=rows.device)
-    split = (n if longest is None else longest) > LONGEST
-    pieces = out.new_empty(2 * triton.cdiv(n, LONGEST) if split else 0, d)
+    pieces = out.new_empty(2 * triton.cdiv(n, LONGEST), d)
     columns = min(power_of_2(d), COLUMNS)
     grid = triton.cdiv(d, columns)
-    entries = values.contiguous(), indices.contiguous(), offsets, rows, rows.stride(0), d
+    entries = values.contiguous(), indices.contiguous(), offsets, rows, rows.stride(0), d, pieces
     sizes = dict(COLUMNS=columns, UNROLL=UNROLL, LONGEST=LONGEST, num_warps=1)  # one warp: it waits for no other
     with torch.cuda.device_of(rows):
-        if split:
-            pieces_kernel[(len(pieces), grid)](*entries, pieces, n, n_bags, **sizes)
-        bag_sum_kernel[(n_bags, grid)](*entries, pieces, out, SPLIT=split, **sizes)
+        if n > LONGEST:
+            pieces_kernel[(len(pieces), grid)](*entries, n, n_bags, **sizes)
+        bag_sum_kernel[(n_bags, grid)](*entries, out, **sizes)
     return out
 
 
@@ -87,11 +81,9 @@ def bag_dot(rows: Tensor, indices: Tensor, offsets: Tensor, W: Tensor) -> Tensor
     """
     rows, W, d = unit_stride(rows), unit_stride(W), rows.shape[1]
     out = torch.empty(len(indices), dtype=torch.float32, device=rows.device)
+    sizes = dict(d=d, ENTRIES=UNROLL, COLUMNS=min(power_of_2(d), COLUMNS), num_warps=1)
     with torch.cuda.device_of(rows):
-        bag_dot_kernel[(len(rows),)](
-            rows, indices.contiguous(), offsets, W, out, rows.stride(0), W.stride(0), d,
-            ENTRIES=UNROLL, COLUMNS=min(power_of_2(d), COLUMNS), num_warps=1,
-        )  # fmt: skip
+        bag_dot_kernel[(len(rows),)](rows, indices.contiguous(), offsets, W, out, rows.stride(0), W.stride(0), **sizes)
     return out
 
 
@@ -228,14 +220,14 @@ def pieces_kernel(
 @triton.jit
 def bag_sum_kernel(
     values, indices, offsets, rows, stride, d, pieces, out,
-    COLUMNS: tl.constexpr, UNROLL: tl.constexpr, LONGEST: tl.constexpr, SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr, UNROLL: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of one bag's sum. Programs of the same columns run together: see COLUMNS."""
     bag = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     start, end = tl.load(offsets + bag), tl.load(offsets + bag + 1)
     total = tl.zeros([COLUMNS], tl.float32)
-    if not SPLIT or end - start <= LONGEST:
+    if end - start <= LONGEST:
         total = add_entries(values, indices, rows, stride, column, d, start, end, COLUMNS, UNROLL)
     else:
         last = (end - 1) // LONGEST

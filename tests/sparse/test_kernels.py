@@ -85,16 +85,10 @@ def selection_of_infinities_and_nan(device):
 
 
 @case
-def selection_from_views_and_into_buffers(device):
-    from sae_utils.sparse import kernels
-
+def selection_from_views(device):
     z = normal(6, 403, device=device)
     for view in (z[:, 3:301], z[1::2], z[:, ::2], z[:, :8].T, z[:0]):
         check_selection(view, 4)
-    values, indices = torch.empty(6, 5, device=device), torch.empty(6, 5, dtype=torch.long, device=device)
-    for rows in (slice(0, 4), slice(4, 6)):  # as when z is made in chunks
-        kernels.select(z[rows], 5, out=(values[rows], indices[rows]))
-    assert torch.equal(values, kernels.select(z, 5)[0]) and torch.equal(indices, kernels.select(z, 5)[1])
 
 
 @case
@@ -102,9 +96,9 @@ def what_cannot_be_selected_is_refused(device):
     from sae_utils.sparse import kernels
 
     for k in (0, 9):
-        with pytest.raises(ValueError, match=f"k = {k}: a row has 8 values.*1 ≤ k ≤ 8"):
+        with pytest.raises(ValueError, match=f"k = {k} of 8 values.*1 ≤ k ≤ 8"):
             kernels.select(torch.zeros(2, 8, device=device), k)
-    with pytest.raises(TypeError, match="float16; float32 and bfloat16"):
+    with pytest.raises(ValueError, match="float16.*float32 or bfloat16"):
         kernels.select(torch.zeros(2, 8, device=device, dtype=torch.float16), 2)
 
 
@@ -115,7 +109,7 @@ def entries(sizes, m, device, seed=0):
     return normal(sum(sizes), device=device, seed=seed + 1), indices.to(device), offsets.to(device)
 
 
-def check_bags(sizes, rows, longest=None):
+def check_bags(sizes, rows):
     """bag_sum against embedding_bag in float64, and bag_dot against its gradient's closed form."""
     from sae_utils.sparse import kernels
 
@@ -123,10 +117,10 @@ def check_bags(sizes, rows, longest=None):
     exact = embedding_bag(
         indices, rows.double(), offsets, per_sample_weights=values.double(), mode="sum", include_last_offset=True
     )
-    sums = kernels.bag_sum(values, indices, offsets, rows, longest)
+    sums = kernels.bag_sum(values, indices, offsets, rows)
     torch.testing.assert_close(sums, exact.float(), rtol=1e-5, atol=1e-5)  # tf32 and bf16 sums are off by 1e-3
     if rows.is_cuda:
-        assert torch.equal(sums, kernels.bag_sum(values, indices, offsets, rows, longest)), "not the same twice"
+        assert torch.equal(sums, kernels.bag_sum(values, indices, offsets, rows)), "not the same twice"
     bag = torch.repeat_interleave(torch.arange(len(sizes), device=rows.device), offsets.diff())
     other = normal(len(sizes), rows.shape[1], device=rows.device, dtype=rows.dtype, seed=7)
     dots = kernels.bag_dot(other, indices, offsets, rows)
@@ -158,8 +152,7 @@ def bags_longer_than_one_program_takes(device):
     try:
         for sizes in ([100], [0, 9, 9, 9, 0], [8, 16, 8, 24], [3, 50, 0, 2, 1, 60, 7, 17, 9], [17, 15, 17, 0]):
             check_bags(sizes, rows)
-        check_bags(sizes, rows.bfloat16(), longest=max(sizes))
-        assert torch.equal(check_bags([5, 8, 0], rows, longest=8), check_bags([5, 8, 0], rows))
+        check_bags(sizes, rows.bfloat16())
     finally:
         kernels.LONGEST = whole
     check_bags([1, 2 * whole + 3, 0, whole], rows[:, :4])
@@ -186,13 +179,13 @@ def both_gradients_of_a_decoder(device):
     x_hat.backward(grad)
     by_token = torch.arange(0, batch * k + 1, k, device=device)
     close = dict(rtol=1e-5, atol=1e-5)
-    decoded = kernels.bag_sum(values.flatten(), indices.flatten(), by_token, W.detach(), longest=k)
+    decoded = kernels.bag_sum(values.flatten(), indices.flatten(), by_token, W.detach())
     torch.testing.assert_close(decoded, x_hat.detach(), **close)
     grad_values = kernels.bag_dot(grad, indices.flatten(), by_token, W.detach())
     torch.testing.assert_close(grad_values.view(batch, k), dense.grad.gather(1, indices), **close)
     latent, order = indices.flatten().sort(stable=True)
     by_latent = torch.searchsorted(latent, torch.arange(d_sae + 1, device=device))
-    grad_W = kernels.bag_sum(values.flatten()[order], order // k, by_latent, grad, longest=batch)
+    grad_W = kernels.bag_sum(values.flatten()[order], order // k, by_latent, grad)
     torch.testing.assert_close(grad_W, W.grad, **close)
 
 
