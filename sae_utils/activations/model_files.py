@@ -4,15 +4,20 @@ Imports no torch, so that a run's identity needs no model.
 """
 
 import functools
+import os
 import re
 from pathlib import Path
 
-from ..files import ASSETS, BUILTIN_MODEL, digest, file_hash, replacing
+from ..files import ASSETS, BUILTIN_MODEL, digest, file_hash, read_table, replacing
 from ..values import near
 
 MODEL_FILES = ["config.json", "*.safetensors", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
 MODEL_FILES += ["*.safetensors.index.json", "added_tokens.json", "vocab.*", "*.model", "*.tiktoken"]
-OTHER_WEIGHTS = ["pytorch_model*", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf"]
+OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf"}
+HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?(@.+)?"
+ANEW = (
+    "If you trust them, load the model and its tokenizer with transformers, and save_pretrained both in a new directory"
+)
 
 
 def model_hash(model: str) -> str:
@@ -28,35 +33,20 @@ def model_hash(model: str) -> str:
 def find_model(model: str) -> Path | None:
     """The directory of the built-in or a local model, or None for a name that only the hub can know; no network is asked.
 
-    Raises FileNotFoundError for a path that is not there, for a name that no hub model can have, and for a bare word close to
-    the built-in name or a directory here.
+    Raises FileNotFoundError for a directory that is not there or holds no model, for a name that no hub model can have, and
+    for one close to the built-in name or a directory here.
     """
     if not isinstance(model, str | Path) or not str(model):
         raise ValueError(f"model={model!r}: it has to be {BUILTIN_MODEL!r}, a directory, or a hub name")
-    try:
-        path = ASSETS / BUILTIN_MODEL if model == BUILTIN_MODEL else Path(model).expanduser()
-        there = path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, no permission, no home
-        raise no_model(f"{model}"[:80], str(getattr(error, "strerror", error))) from None
-    if model == BUILTIN_MODEL or path.is_dir():
+    path = ASSETS / model if model == BUILTIN_MODEL else Path(os.path.expanduser(model))
+    if model == BUILTIN_MODEL or os.path.exists(path):
         if not (path / "config.json").is_file():
             raise no_model(model, f"no config.json in {path}; it has to be a Hugging Face directory")
         return path.resolve()
-    if there:
-        raise no_model(model, "it is a file, not a directory")
     beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
-    bare = str(model) == path.name
-    guess = near(path.name, beside + [BUILTIN_MODEL] * bare, 0.8)
-    if path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2 or guess and not bare:
+    guess = near(path.name, beside + [BUILTIN_MODEL] * (str(model) == path.name), 0.8)
+    if guess and "@" not in path.name or not re.fullmatch(HUB_NAME, str(model)):
         raise no_model(model, f"no such directory{guess}")
-    if guess and "@" not in path.name:
-        raise no_model(model, f"no such directory{guess}; if you mean a model of the hub, name its organisation too")
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(str(model).partition("@")[0])
-    except HFValidationError:
-        raise no_model(model, f"no such directory{guess}, and no hub model can have this name") from None
     return None
 
 
@@ -81,24 +71,42 @@ def check_formats(directory: Path) -> None:
         raise ValueError(f"{directory} holds code ({code[0].name}), which is never run. {remedy}")
     if (directory / "adapter_config.json").exists():
         raise ValueError(f"{directory} holds an adapter. Merge it into its model first (PEFT's merge_and_unload)")
-    if any(directory.glob("model.safetensors*")):  # one file, or an index
-        return
-    other = [file for pattern in OTHER_WEIGHTS for file in sorted(directory.glob(pattern))]
-    if other:
-        torchs = other[0].name.startswith("pytorch_model")
-        again = conversion(directory) if torchs else "Save it anew with the code that wrote it (save_pretrained)"
-        found = f"its weights ({other[0].name}) are not safetensors, and nothing else is loaded"
-        raise ValueError(f"{directory}: {found}. {again}")
+    other = sorted(file.name for file in directory.iterdir() if file.suffix in OTHER_WEIGHTS)
+    if other and not any(directory.glob("model.safetensors*")):
+        raise ValueError(
+            f"{directory}: its weights ({other[0]}) are not safetensors, and nothing else is loaded. {ANEW}"
+        )
 
 
-def conversion(model) -> str:
-    """The command that writes a model anew as safetensors."""
-    new = Path(str(model).partition("@")[0]).name + "-safetensors"
-    return (
-        'If you trust the file, convert it: python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"old, new = {str(model)!r}, {new!r}; M.from_pretrained(old).save_pretrained(new); "
-        f'T.from_pretrained(old).save_pretrained(new)" and use {new!r}'
-    )
+def check_files(directory: Path) -> None:
+    """Raise ValueError that names the file for a model directory that is incomplete or damaged; see `check_formats`, `verify`."""
+    from safetensors import SafetensorError, safe_open
+
+    check_formats(directory)
+    files = {file.name: file for file in model_files(directory)}
+    settings = {name: read_table(file) for name, file in files.items() if file.suffix == ".json"}
+    if "transformers_weights" in settings["config.json"]:
+        raise ValueError(f"{files['config.json']} names weights of its own (transformers_weights): remove that entry")
+    index, shards = "model.safetensors.index.json", ["model.safetensors"]
+    if not files.keys() & {index, *shards}:
+        raise ValueError(
+            f"{directory}: no model.safetensors, nor an index of shards, and nothing else is loaded. {ANEW}"
+        )
+    if "model.safetensors" not in files:
+        weight_map = settings[index].get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError(f"{files[index]} has no weight_map from tensors to files: fetch the model again")
+        shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if shard not in files:
+            raise ValueError(f"{directory / shard} is missing, and {index} names it: fetch the model again")
+        try:
+            with safe_open(files[shard], "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            wrong = f"is truncated or no safetensors file ({error}): fetch the model again"
+            raise ValueError(f"{files[shard]} {wrong}") from None
+    verify(directory)
 
 
 def write_sums(directory) -> None:
@@ -112,22 +120,20 @@ def write_sums(directory) -> None:
 def verify(directory: Path) -> None:
     """Raise ValueError for a damaged model file: one with another hash than SHA256SUMS of its directory has, or the hub's cache,
     where large files are named by their hash. A directory without either is not verified. Once per process and file."""
-    sums = directory / "SHA256SUMS"
+    sums, files = directory / "SHA256SUMS", model_files(directory)
     if sums.exists():
-        text = sums.read_text(errors="replace")
-        lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", line) for line in text.splitlines()]
-        if not all(lines):
-            raise ValueError(f"{sums} has a line that sha256sum does not write: write it anew, or delete it")
-        wanted = {line[2]: line[1] for line in lines if line[2] != sums.name}
-        if unknown := [f.name for f in model_files(directory) if f.suffix == ".safetensors" and f.name not in wanted]:
+        lines = [line.partition(" ") for line in sums.read_text(errors="replace").splitlines()]
+        wanted = {name.lstrip(" *").removeprefix("./"): sha256 for sha256, _, name in lines}
+        wanted.pop(sums.name, None)
+        if unknown := [file.name for file in files if file.suffix == ".safetensors" and file.name not in wanted]:
             raise ValueError(f"{sums} has no line for {unknown[0]}: write it anew with sha256sum, or delete it")
     else:
-        blobs = {file.name: file.resolve().name for file in model_files(directory) if file.is_symlink()}
+        blobs = {file.name: file.resolve().name for file in files if file.is_symlink()}
         wanted = {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
-    for name, sha in wanted.items():
+    for name, sha256 in wanted.items():
         file = directory / name
-        if not file.exists() or hash_now(file, file.stat().st_mtime_ns, file.stat().st_size) != sha:
-            wrong = "damaged: its bytes are not those" if file.exists() else "missing: it is one"
+        if not file.is_file() or hash_now(file, file.stat().st_mtime_ns, file.stat().st_size) != sha256:
+            wrong = "damaged: its bytes are not those" if file.is_file() else "missing: it is one"
             names = sums if sums.exists() else "its name in the hub cache"
             raise ValueError(f"{file} is {wrong} that {names} names. Delete the model and fetch it again")
 

@@ -85,7 +85,9 @@ def tokens(
     spread = spread if n_tokens and not streamed else 1
     about = [tokenizer_hash(tokenizer), n_ctx, n_tokens, split, bos, spread]
     rules = [source_hashes()[f"activations/{module}.py"] for module in ("text", "sources", "corpus")]
-    path = cache_dir() / "tokens" / f"{digest([corpus_hash(dataset, config), *about, text_field, deduplicate, rules])}.npy"
+    path = (
+        cache_dir() / "tokens" / f"{digest([corpus_hash(dataset, config), *about, text_field, deduplicate, rules])}.npy"
+    )
     note, what = path.with_suffix(".lost"), f"{name}, split={split!r}"
 
     def build(new):
@@ -205,7 +207,9 @@ def documents(dataset, split, text_field="text", config="", deduplicate=True, lo
         found = distinct(read_local(source, text_field, lost), deduplicate, lost)
         texts = [text for _, text in sorted(found, key=lambda document: name_hash(document[0]))]
         if not texts:
-            raise ValueError(f"dataset={str(source)!r} holds no text: every document is empty (text_field={text_field!r})")
+            raise ValueError(
+                f"dataset={str(source)!r} holds no text: every document is empty (text_field={text_field!r})"
+            )
         few = len(texts) < FEW_DOCUMENTS
         yield from filter(None, (part(text, split) for text in texts)) if few else part(texts, split)
 

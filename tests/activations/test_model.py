@@ -1,6 +1,5 @@
 import json
 import math
-import re
 import shutil
 import socket
 import time
@@ -481,20 +480,16 @@ def test_a_directory_goes_before_a_hub_name(name, model_directories, tmp_path, m
         ("a/b/c", "no such directory"),
         ("distilgpt2", "HF_HUB_OFFLINE is set, and the hub cache does not hold it"),
         ("openai-community/gpt2@main", "HF_HUB_OFFLINE is set"),
-        (
-            "pyton-lm",
-            r"no such directory \(did you mean 'python-lm'\?\); if you mean a model of the hub, name its organisation",
-        ),
+        ("pyton-lm", r"no such directory \(did you mean 'python-lm'\?\)\. Allowed: .* a hub name such as 'openai-"),
         ("my_modle", r"no such directory \(did you mean 'my_model'\?\)"),
         ("./my_modle", r"no such directory \(did you mean 'my_model'\?\)"),
         ("runs/my_modle", r"no such directory \(did you mean 'my_model'\?\)"),
-        ("file.txt", "it is a file, not a directory"),
-        ("a b", "model='a b': no such directory, and no hub model can have this name. Allowed"),
-        (" ", "no hub model can have this name"),
-        ("owner/na me", "no hub model can have this name"),
-        ("x\0y", "no hub model can have this name"),
-        ("@main", "no hub model can have this name"),
-        ("a" * 300, "model='aaa.*: File name too long. Allowed"),
+        ("file.txt", "no config.json in file.txt; it has to be a Hugging Face directory"),
+        ("a b", "model='a b': no such directory. Allowed"),
+        (" ", "no such directory. Allowed"),
+        ("owner/na me", "no such directory. Allowed"),
+        ("x\0y", "no such directory. Allowed"),
+        ("@main", "no such directory. Allowed"),
         ("~nobody_here/x", "model='~nobody_here/x': "),
     ],
 )
@@ -533,15 +528,21 @@ def hub(monkeypatch, tmp_path):
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            found = self.path.startswith("/api/models/org/pickled")
-            files = [{"rfilename": "config.json"}, {"rfilename": "pytorch_model.bin"}]
-            body = json.dumps({"id": "org/pickled", "sha": 40 * "a", "siblings": files}).encode()
+            found = "/org/pickled/" in self.path
+            names = ["config.json", "pytorch_model.bin"]
+            body = {"id": "org/pickled", "sha": 40 * "a", "siblings": [{"rfilename": name} for name in names]}
+            if "/tree/" in self.path:
+                body = [{"type": "file", "path": name, "size": 2, "oid": 40 * "b"} for name in names]
+            body = b"{}" if "/resolve/" in self.path else json.dumps(body).encode()
             self.send_response(200 if found else 404)
             if not found:
                 self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("X-Repo-Commit", 40 * "a")
+            self.send_header("ETag", '"b"')
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.command == "GET":
+                self.wfile.write(body)
 
         do_HEAD = do_GET
 
@@ -554,6 +555,8 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    files = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(huggingface_hub.HfApi, "__init__", endpoint(f"http://127.0.0.1:{server.server_port}"))
     yield server
     server.shutdown()
@@ -572,7 +575,9 @@ def test_the_hub_does_not_have_it_or_cannot_be_reached(hub):
     start = time.monotonic()
     with pytest.raises(FileNotFoundError, match="model='org/nothing': no such directory, and the hub does not have it"):
         load_language_model("org/nothing", device="cpu")
-    with pytest.raises(ValueError, match="model='org/pickled': the hub has no safetensors of it.*python -c"):
+    with pytest.raises(
+        ValueError, match="no model.safetensors, nor an index of shards.*load the model and its tokenizer"
+    ):
         load_language_model("org/pickled", device="cpu")
     hub.shutdown()
     hub.server_close()
@@ -607,18 +612,22 @@ def save_pickle(directory, shards=1):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_weights_that_are_not_safetensors_are_refused_with_a_command_that_converts_them(directory, shards, monkeypatch):
+def test_weights_that_are_not_safetensors_are_refused_and_loaded_after_what_the_message_says(directory, shards):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     expected = load_language_model(str(directory), device="cpu")(torch.arange(5)[None])
     save_pickle(directory, shards)
     for use in (model_hash, lambda path: load_language_model(path, device="cpu")):
         with pytest.raises(
-            ValueError, match=r"model: its weights \(pytorch_model.*\.bin\) are not safetensors"
-        ) as said:
+            ValueError,
+            match=r"model: its weights \(pytorch_model.*\.bin\) are not safetensors.* load the model and its tokenizer "
+            "with transformers, and save_pretrained both in a new directory",
+        ):
             use(str(directory))
-    command = re.search(r'python -c "(.*)" and use', str(said.value))[1]
-    monkeypatch.chdir(directory.parent)
-    exec(command, {})
-    lm = load_language_model("model-safetensors", device="cpu")
+    new = directory.parent / "new"
+    for automatic in (AutoModelForCausalLM, AutoTokenizer):
+        automatic.from_pretrained(directory).save_pretrained(new)
+    lm = load_language_model(new, device="cpu")
     torch.testing.assert_close(lm(torch.arange(5)[None]), expected)
 
 
@@ -768,17 +777,17 @@ def damage(directory, kind):
         ("no tokenizer", r"no tokenizer in .*/model: save one there \(tokenizer\.save_pretrained\)"),
         ("tokenizer", r"model/tokenizer\.json is not valid JSON"),
         ("config", r"model/config\.json is not valid JSON"),
-        ("no settings", r"model/config\.json holds a list and no settings"),
-        ("family", r"model='.*model': TransformerLens \S+ cannot run it \(family 'gpt99'; "),
+        ("no settings", r"model/config\.json holds no JSON object"),
+        ("family", r"model: transformers cannot make a model of config\.json \(ValueError: .*gpt99"),
         ("empty tokenizer", r"no tokenizer in .*/model: save one there .* makes of tokenizer.json, .*: KeyError"),
-        ("list of settings", r"model/tokenizer_config\.json holds a list and no settings"),
+        ("list of settings", r"model/tokenizer_config\.json holds no JSON object"),
         ("words without a tokenizer", r"no tokenizer in .*/model: save one there .* makes of vocab\.txt: it is empty"),
         ("activation", r"model: transformers cannot make a model of config\.json \(KeyError: .*gelu_knew"),
         ("index", r"model\.safetensors\.index\.json has no weight_map from tensors to files"),
         ("index list", r"model\.safetensors\.index\.json has no weight_map from tensors to files"),
         ("index null", r"model\.safetensors\.index\.json has no weight_map from tensors to files"),
         ("index lists", r"model\.safetensors\.index\.json has no weight_map from tensors to files"),
-        ("sums of another encoding", r"SHA256SUMS has a line that sha256sum does not write"),
+        ("sums of another encoding", r"SHA256SUMS has no line for model\.safetensors: write it anew with sha256sum"),
         (
             "missing shard",
             r"model-00002-of-00002\.safetensors is missing, and model\.safetensors\.index\.json names it",
@@ -787,11 +796,11 @@ def damage(directory, kind):
             "shard elsewhere",
             r"\.\./model-00002-of-00002\.safetensors is missing, and model\.safetensors\.index\.json names it",
         ),
-        ("swapped shard", r"model-00002-of-00002\.safetensors has no tensor .*it is another model's"),
+        ("swapped shard", r"model: the weights have no tensor .*they are another model's"),
         ("bit", r"model/model\.safetensors is damaged: its bytes are not those that .*SHA256SUMS names"),
         ("tail", r"model/model\.safetensors is damaged: its bytes are not those that .*SHA256SUMS names"),
         ("not listed", r"SHA256SUMS has no line for model\.safetensors"),
-        ("no sums", r"SHA256SUMS has a line that sha256sum does not write"),
+        ("no sums", r"SHA256SUMS has no line for model\.safetensors: write it anew with sha256sum"),
         ("lost", r"tokenizer_config\.json is missing: it is one that .*SHA256SUMS names"),
     ],
 )
@@ -895,15 +904,11 @@ def test_dtype(model_directories, text):
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [
-        (
-            "float31",
-            r"'float31' is no type for a language model \(did you mean 'float32'\?\): allowed are 'float32', 'bf",
-        ),
-        ("fp16", "did you mean 'float16'"),
-        ("bf16", "did you mean 'bfloat16'"),
+        ("float31", r"dtype='float31' \(did you mean 'float32'\?\): allowed are 'float32', 'bf"),
+        ("fp16", "dtype='fp16': allowed are 'float32', 'bfloat16', 'float16'"),
         ("nn", "allowed are 'float32'"),
-        (torch.int8, "dtype=torch.int8 is no type"),
-        (None, "dtype=None is no type"),
+        (torch.int8, "dtype='int8': allowed are"),
+        (None, "dtype='None': allowed are"),
     ],
 )
 def test_dtypes_that_there_are_not(dtype, message):
