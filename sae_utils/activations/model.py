@@ -15,9 +15,8 @@ from ..files import BUILTIN_MODEL as BUILTIN
 from ..files import offline
 from ..values import one_of
 from .hooks import agree
-from .model_files import MODEL_FILES, check_files, find_model, model_files, no_model
+from .model_files import MODEL_FILES, check_files, find_model, no_model
 
-FAMILIES = "GPT-2, Llama, Qwen, GPT-NeoX, Gemma or OPT"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -55,9 +54,8 @@ def load_tokenizer(directory: Path):
             return tokenizer
     except Exception as error:  # whatever the two libraries raise for a file that they do not know
         reason = brief(error)
-    names = sorted(f.name for f in model_files(directory) if ".safetensors" not in f.name and f.name != "config.json")
-    found = f". What transformers makes of {', '.join(names)}: {reason}" if names else ""
-    raise ValueError(f"no tokenizer in {directory}: save one there (tokenizer.save_pretrained){found}")
+    found = f"What transformers makes of the files there: {reason}"
+    raise ValueError(f"no tokenizer in {directory}: save one there (tokenizer.save_pretrained). {found}")
 
 
 def brief(error: Exception) -> str:
@@ -89,7 +87,7 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
     logging.set_verbosity_error()
     tokenizer = load_tokenizer(directory)
     raw = load_weights(directory, dtype).eval().to(device)
-    config = raw.config
+    config, families = raw.config, "another family, such as GPT-2, Llama, Qwen, GPT-NeoX, Gemma or OPT"
     try:
         n = min(8, getattr(config.get_text_config(), "max_position_embeddings", None) or 8)
         tokens = torch.arange(n, device=device)[None] % raw.get_input_embeddings().num_embeddings
@@ -104,13 +102,13 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
         other = "" if dtype == torch.float32 else "dtype='float32', or "
         raise ValueError(
             f"model={model!r}: TransformerLens {version('transformer-lens')} cannot run it (family {config.model_type!r}; "
-            f"{brief(error)}). Use {other}another family, such as {FAMILIES}"
+            f"{brief(error)}). Use {other}{families}"
         ) from error
     # Falcon's eager attention, which hooks need, adds the biases of ALiBi twice
     if not same or getattr(config, "alibi", False):
         raise ValueError(
             f"model={model!r}: on the same tokens, its logits in TransformerLens are not those of transformers, or they "
-            f"depend on later tokens. Nothing can be measured on it: use another family, such as {FAMILIES}"
+            f"depend on later tokens. Nothing can be measured on it: use {families}"
         )
     for name in ("eos_token", "bos_token"):  # TransformerLens invents those that a tokenizer does not have
         if getattr(tokenizer, name) is None:
@@ -123,12 +121,12 @@ def load_weights(directory: Path, dtype: torch.dtype):
     that are not used."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    safely = dict(use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True)
+    safely = dict(local_files_only=True, trust_remote_code=False)
+    needed = dict(output_attentions=True, attn_implementation="eager")  # by hooks
+    known = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True)
     try:
-        config = AutoConfig.from_pretrained(
-            directory, output_attentions=True, attn_implementation="eager"
-        )  # as hooks need
-        model, loading = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **safely)
+        config = AutoConfig.from_pretrained(directory, **needed, **safely)
+        model, loading = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype, **known, **safely)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{directory}: transformers cannot make a model of config.json ({brief(error)})") from error
     wrong = [f"have no tensor {name}" for name in sorted(loading["missing_keys"])]

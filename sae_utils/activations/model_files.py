@@ -13,28 +13,21 @@ from ..values import near
 
 MODEL_FILES = ["config.json", "*.safetensors", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
 MODEL_FILES += ["*.safetensors.index.json", "added_tokens.json", "vocab.*", "*.model", "*.tiktoken"]
-OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf"}
 HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?(@.+)?"
-ANEW = (
-    "If you trust them, load the model and its tokenizer with transformers, and save_pretrained both in a new directory"
-)
 
 
 def model_hash(model: str) -> str:
     """What identifies a language model: a hash of its weights, configuration and tokenizer if it is `"python-lm"` or a
-    local directory, else its hub name (`name` or `name@revision`). Raises as `find_model` and `check_formats` do."""
+    local directory, else its hub name (`name` or `name@revision`). Raises as `find_model` does."""
     directory = find_model(model)
-    if not directory:
-        return str(model)
-    check_formats(directory)
-    return digest([(file.name, file_hash(file)) for file in model_files(directory)])
+    return digest([(file.name, file_hash(file)) for file in model_files(directory)]) if directory else str(model)
 
 
 def find_model(model: str) -> Path | None:
     """The directory of the built-in or a local model, or None for a name that only the hub can know; no network is asked.
 
     Raises FileNotFoundError for a directory that is not there or holds no model, for a name that no hub model can have, and
-    for one close to the built-in name or a directory here.
+    for one close to the built-in name or a directory here. ValueError for a model with an adapter, which no hash covers.
     """
     if not isinstance(model, str | Path) or not str(model):
         raise ValueError(f"model={model!r}: it has to be {BUILTIN_MODEL!r}, a directory, or a hub name")
@@ -42,6 +35,8 @@ def find_model(model: str) -> Path | None:
     if model == BUILTIN_MODEL or os.path.exists(path):
         if not (path / "config.json").is_file():
             raise no_model(model, f"no config.json in {path}; it has to be a Hugging Face directory")
+        if (path / "adapter_config.json").exists():
+            raise ValueError(f"{path} holds an adapter. Merge it into its model first (PEFT's merge_and_unload)")
         return path.resolve()
     beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
     guess = near(path.name, beside + [BUILTIN_MODEL] * (str(model) == path.name), 0.8)
@@ -61,45 +56,24 @@ def model_files(directory: Path) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def check_formats(directory: Path) -> None:
-    """Raise ValueError for a model directory whose weights are not safetensors, or which holds code or an adapter of its own.
-
-    Nothing else is ever read: other formats can run code, and no hash covers what code and adapters do.
-    """
-    if code := sorted(directory.glob("*.py")):
-        remedy = "Remove it if transformers itself has this family; otherwise the model cannot be used here"
-        raise ValueError(f"{directory} holds code ({code[0].name}), which is never run. {remedy}")
-    if (directory / "adapter_config.json").exists():
-        raise ValueError(f"{directory} holds an adapter. Merge it into its model first (PEFT's merge_and_unload)")
-    other = sorted(file.name for file in directory.iterdir() if file.suffix in OTHER_WEIGHTS)
-    if other and not any(directory.glob("model.safetensors*")):
-        raise ValueError(
-            f"{directory}: its weights ({other[0]}) are not safetensors, and nothing else is loaded. {ANEW}"
-        )
-
-
 def check_files(directory: Path) -> None:
-    """Raise ValueError that names the file for a model directory that is incomplete or damaged; see `check_formats`, `verify`."""
+    """Raise ValueError that names the file for a model directory whose weights are not there, not safetensors or damaged; see
+    `verify`. Nothing else is ever read: other formats can run code."""
     from safetensors import SafetensorError, safe_open
 
-    check_formats(directory)
+    read_table(directory / "config.json")
+    index, shards = directory / "model.safetensors.index.json", ["model.safetensors"]
+    if not (directory / shards[0]).exists() and index.exists():
+        try:
+            shards = sorted(set(read_table(index)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError):
+            raise ValueError(f"{index} has no weight_map from tensors to files: fetch the model again") from None
     files = {file.name: file for file in model_files(directory)}
-    settings = {name: read_table(file) for name, file in files.items() if file.suffix == ".json"}
-    if "transformers_weights" in settings["config.json"]:
-        raise ValueError(f"{files['config.json']} names weights of its own (transformers_weights): remove that entry")
-    index, shards = "model.safetensors.index.json", ["model.safetensors"]
-    if not files.keys() & {index, *shards}:
-        raise ValueError(
-            f"{directory}: no model.safetensors, nor an index of shards, and nothing else is loaded. {ANEW}"
-        )
-    if "model.safetensors" not in files:
-        weight_map = settings[index].get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise ValueError(f"{files[index]} has no weight_map from tensors to files: fetch the model again")
-        shards = sorted(set(weight_map.values()))
     for shard in shards:
         if shard not in files:
-            raise ValueError(f"{directory / shard} is missing, and {index} names it: fetch the model again")
+            anew = "load the model and its tokenizer with transformers, and save_pretrained both in a new directory"
+            missing = f"{directory}/{shard} is missing, and only safetensors are loaded: fetch the model again"
+            raise ValueError(f"{missing}. If you trust weights of another kind, {anew}")
         try:
             with safe_open(files[shard], "pt"):
                 pass

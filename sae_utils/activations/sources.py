@@ -1,7 +1,6 @@
 """Where text comes from: local files of several kinds, and data sets of the hub, row by row."""
 
 import io
-import itertools
 import json
 import os
 import re
@@ -112,9 +111,8 @@ def parquet_rows(file: Path, text_field: str):
 
     with ParquetFile(file) as table:
         columns = table.schema_arrow.names
-        fields = table.schema_arrow.empty_table().flatten().column_names  # one level down: "data.text"
         column = text_field if text_field in columns else text_field.split(".")[0]
-        wanted = [column] if text_field in [*columns, *fields] else columns
+        wanted = [column] if column in columns else columns
         for batch in table.iter_batches(1024, columns=wanted):
             # by name, as "a.b" may be a column and also a field of a column
             yield from batch.select(wanted).to_pylist()
@@ -155,8 +153,8 @@ def text_of(row, text_field: str) -> str:
         if value is None:
             return ""
         if not isinstance(value, dict) or key not in value:
-            there = f"The columns are {', '.join(columns_of(row)):.500}"
-            raise ValueError(f"no column {text_field!r}. {there}: choose one with text_field='...'")
+            there = f"The columns are {', '.join(row):.500}"
+            raise ValueError(f"no column {text_field!r}. {there}: choose one, or a field of one, with text_field='...'")
         value = value[key]
     if isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
         value = "\n".join(content_of(message["content"]) for message in value)
@@ -174,12 +172,6 @@ def content_of(content) -> str:
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str | None) for part in parts):
         raise ValueError(f"a message's content is {content!r:.80}: it has to be text, or a list of parts with 'text'")
     return "".join(part.get("text") or "" for part in parts)
-
-
-def columns_of(row: dict, above="") -> list[str]:
-    """The names of a row's columns, those of nested fields with dots."""
-    nested = [columns_of(v, f"{above}{k}.") if isinstance(v, dict) and v else [f"{above}{k}"] for k, v in row.items()]
-    return list(itertools.chain.from_iterable(nested))
 
 
 def hub_rows(dataset: str, config: str = ""):

@@ -431,7 +431,7 @@ def all_texts(dataset, **options):
     ("line", "reason"),
     [
         (b'{"text": "cut of', "line 18: Unterminated string starting at: line 1 column 10"),
-        (b'{"meta": 1}', "line 18: no column 'text'. The columns are meta: choose one with text_field="),
+        (b'{"meta": 1}', "line 18: no column 'text'. The columns are meta: choose one, or a field of one, with text_field="),
         (b'{"text": 3}', "line 18: column 'text' holds int, not text"),
         (b'["text"]', "line 18: the row is a list"),
         (b'{"text": "\\ud83d half"}', "line 18: .* position 0: surrogates not allowed"),
@@ -480,7 +480,7 @@ def test_columns(rows_source):
     assert sorted(all_texts(dataset, text_field="a.b")[0]) == sorted(TEXTS)
     assert sorted(all_texts(dataset, text_field="turns")[0]) == sorted(f"{text}\nok" for text in TEXTS)
     for field in ("text", "data.text", "data.body.text"):
-        columns = "columns are data.body, data.id, a.b, turns: choose one with text_field="
+        columns = "columns are (data|data, a.b, turns): choose one, or a field of one, with text_field="
         with pytest.raises(ValueError, match=f"{dataset}.* no column '{field}'. The {columns}"):
             all_texts(dataset, text_field=field)
     with pytest.raises(ValueError, match="'data' holds dict, not text"):
