@@ -78,13 +78,17 @@ def read_local(path: Path, text_field: str, lost: Counter | None = None):
 
 def rows_of(file: Path, name: str, text_field: str):
     """Yield (name of the document, place, row) of a local file; a row of .jsonl as it is written."""
+    import pyarrow
+
     kind, compression = kind_of(file)
     try:
         if kind == ".parquet":
             for i, row in enumerate(parquet_rows(file, text_field)):
                 yield f"{name}:{i}", f"{file}, row {i + 1}", row
             return
-        with opened(file, compression) as stream:
+        with open(file, "rb") as raw:
+            # Python's own readers stop in silence at a damaged later stream of a compressed file; Arrow's do not
+            stream = io.BufferedReader(pyarrow.input_stream(raw, compression=COMPRESSED.get(compression)))
             if kind == ".txt":
                 yield name, file, {text_field: stream.read().replace(b"\r\n", b"\n").replace(b"\r", b"\n")}
                 return
@@ -94,15 +98,6 @@ def rows_of(file: Path, name: str, text_field: str):
     except (OSError, ValueError, KeyError) as error:  # KeyError: two columns of one name
         wrong = f"cannot be read as {kind}{compression} ({error})"
         raise ValueError(f"{file} {wrong}: it is damaged or of another kind, mend or remove it") from None
-
-
-def opened(file: Path, compression: str):
-    """A file's bytes, decompressed. Python's own readers stop in silence at a damaged later stream; Arrow's do not."""
-    if not compression:
-        return open(file, "rb")
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(str(file), compression=COMPRESSED[compression]))
 
 
 def parquet_rows(file: Path, text_field: str):

@@ -4,12 +4,9 @@ A document goes to one split only: by the hash of its name, 90% train, 5% valida
 few: by the rank of that hash). A source of fewer than `FEW_DOCUMENTS` documents cannot be split that way; there each document
 is cut in that order and proportion.
 
-Text is not lost in silence: `tokens` warns of what is left out, also when its rows come from the cache. That is
-- near-duplicates: more than half of such a document, by characters, stands in documents before it (see `marks`);
-- empty documents and nulls;
-- rows that cannot be read (broken JSON, no such column, no text, no UTF-8). More than `BAD_SHARE` of them are refused;
-- files of other kinds, hidden files and folders, and linked folders;
-- text that the tokenizer drops or does not know.
+Text is not lost in silence. `tokens` warns of near-duplicates, of empty documents and nulls, of rows that cannot be read (more
+than `BAD_SHARE` of them are refused), of files and folders that it does not read, and of text that the tokenizer drops or does
+not know, also when its rows come from the cache.
 """
 
 import copy
@@ -60,7 +57,6 @@ def tokens(
     of a document may be in several splits.
 
     Documents are joined by the end-of-text token and cut into rows, which start anywhere; the last partial row is dropped.
-    A UserWarning counts the documents and files that are left out and says why.
     Raises ValueError for a bad value, an empty data set or a bad file, FileNotFoundError for a data set that is not found.
     """
     source = find(dataset)
@@ -85,9 +81,8 @@ def tokens(
     spread = spread if n_tokens and not streamed else 1
     about = [tokenizer_hash(tokenizer), n_ctx, n_tokens, split, bos, spread]
     rules = [source_hashes()[f"activations/{module}.py"] for module in ("text", "sources", "corpus")]
-    path = (
-        cache_dir() / "tokens" / f"{digest([corpus_hash(dataset, config), *about, text_field, deduplicate, rules])}.npy"
-    )
+    key = digest([corpus_hash(dataset, config), *about, text_field, deduplicate, rules])
+    path = cache_dir() / "tokens" / f"{key}.npy"
     note, what = path.with_suffix(".lost"), f"{name}, split={split!r}"
 
     def build(new):
@@ -207,9 +202,8 @@ def documents(dataset, split, text_field="text", config="", deduplicate=True, lo
         found = distinct(read_local(source, text_field, lost), deduplicate, lost)
         texts = [text for _, text in sorted(found, key=lambda document: name_hash(document[0]))]
         if not texts:
-            raise ValueError(
-                f"dataset={str(source)!r} holds no text: every document is empty (text_field={text_field!r})"
-            )
+            empty = f"every document is empty (text_field={text_field!r})"
+            raise ValueError(f"dataset={str(source)!r} holds no text: {empty}")
         few = len(texts) < FEW_DOCUMENTS
         yield from filter(None, (part(text, split) for text in texts)) if few else part(texts, split)
 
