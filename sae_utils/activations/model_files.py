@@ -3,7 +3,6 @@
 Imports no torch, so that a run's identity needs no model.
 """
 
-import functools
 import os
 import re
 from pathlib import Path
@@ -93,7 +92,7 @@ def write_sums(directory) -> None:
 
 def verify(directory: Path) -> None:
     """Raise ValueError for a damaged model file: one with another hash than SHA256SUMS of its directory has, or the hub's cache,
-    where large files are named by their hash. A directory without either is not verified. Once per process and file."""
+    where large files are named by their hash. A directory without either is not verified."""
     sums, files = directory / "SHA256SUMS", model_files(directory)
     if sums.exists():
         lines = [line.partition(" ") for line in sums.read_text(errors="replace").splitlines()]
@@ -106,13 +105,7 @@ def verify(directory: Path) -> None:
         wanted = {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
     for name, sha256 in wanted.items():
         file = directory / name
-        if not file.is_file() or hash_now(file, file.stat().st_mtime_ns, file.stat().st_size) != sha256:
+        if not file.is_file() or file_hash(file) != sha256:
             wrong = "damaged: its bytes are not those" if file.is_file() else "missing: it is one"
             names = sums if sums.exists() else "its name in the hub cache"
             raise ValueError(f"{file} is {wrong} that {names} names. Delete the model and fetch it again")
-
-
-@functools.cache
-def hash_now(file: Path, changed: int, size: int) -> str:
-    """`file_hash` of a file as it is now, computed once."""
-    return file_hash(file)

@@ -47,7 +47,7 @@ class ActivationStore:
             change = "which would change what is stored: lm.reset_hooks()"
             raise ValueError(f"the model has hooks of its own at {held[0]}, {change}")
         self.skip, batch_rows = int(flag("skip_first", skip_first)), whole("batch_rows", batch_rows)
-        self.rows = as_array(rows)
+        self.rows = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
         check_tokens(lm, self.rows)
         smallest = np.uint16 if lm.cfg.d_vocab <= 1 << 16 else np.uint32
         self.rows = self.rows.astype(smallest, copy=self.rows.flags.writeable)
@@ -176,13 +176,9 @@ def check_finite(name: str, x: Tensor, stored: Tensor, start: int) -> None:
         raise FloatingPointError(f"{name} {why}")
 
 
-def as_array(values) -> np.ndarray:
-    return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
-
-
 def numbers(name: str, values, n: int) -> np.ndarray:
     """The values as an array of whole numbers below n; ValueError if they are none."""
-    array = np.atleast_1d(as_array(values))
+    array = np.atleast_1d(np.asarray(values.cpu() if isinstance(values, Tensor) else values))
     if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size or array.min() < 0 or array.max() >= n:
         raise ValueError(f"{name}={values!r}: they have to be whole numbers from 0 to {n - 1:,}, in a list or array")
     return array.astype(np.int64, copy=False)
