@@ -22,9 +22,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def model_path(model: str) -> str:
     """The directory of a model: the built-in one, a local one, or that in the hub's cache, where its files are fetched first.
-
-    Raises FileNotFoundError, which says whether the directory, the hub's model or the network is missing.
-    """
+    FileNotFoundError says whether the directory, the hub's model or the network is missing."""
     if directory := find_model(model):
         return str(directory)
     from huggingface_hub import errors, snapshot_download

@@ -32,6 +32,8 @@ def find_model(model: str) -> Path | None:
         raise ValueError(f"model={model!r}: it has to be {BUILTIN_MODEL!r}, a directory, or a hub name")
     path = ASSETS / model if model == BUILTIN_MODEL else Path(os.path.expanduser(model))
     if model == BUILTIN_MODEL or os.path.exists(path):
+        if path.is_file():
+            raise no_model(model, "it is a file, not a directory")
         if not (path / "config.json").is_file():
             raise no_model(model, f"no config.json in {path}; it has to be a Hugging Face directory")
         if (path / "adapter_config.json").exists():
@@ -39,8 +41,10 @@ def find_model(model: str) -> Path | None:
         return path.resolve()
     beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
     guess = near(path.name, beside + [BUILTIN_MODEL] * (str(model) == path.name), 0.8)
-    if guess and "@" not in path.name or not re.fullmatch(HUB_NAME, str(model)):
-        raise no_model(model, f"no such directory{guess}")
+    impossible = not re.fullmatch(HUB_NAME, str(model))
+    if impossible or guess and "@" not in path.name:
+        also = ", and no hub model can have this name" if impossible and not str(model).startswith((".", "/")) else ""
+        raise no_model(model, f"no such directory{guess}{also}")
     return None
 
 

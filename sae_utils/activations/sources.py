@@ -180,7 +180,7 @@ def hub_rows(dataset: str, config: str = ""):
         streams = load_dataset(name, config or None, streaming=True, revision=revision or None)
         if "train" not in streams and len(streams) > 1:
             raise ValueError(f"it has no split 'train' but several others: {', '.join(streams)}")
-        for i, row in enumerate(streams["train"] if "train" in streams else next(iter(streams.values()))):
+        for i, row in enumerate(streams.get("train", next(iter(streams.values())))):
             yield f"{name}:{i}", f"{dataset}, row {i + 1}", row
     except (ValueError, RuntimeError, OSError, DatasetsError) as error:
         reason = " ".join(str(error).split("Example of usage")[0].split())

@@ -63,7 +63,7 @@ class ActivationStore:
             with disk_errors(self.path), lock(self.path):
                 if missing := [name for name in stored if not self.file(name).exists()]:
                     self.harvest(lm, missing, batch_rows)
-        self.maps = {name: self.open(name) for name in stored}
+        self.maps = {"grad" if name.endswith(GRAD) else name: self.open(name) for name in stored}
         self.d_in = self.maps[self.hook_names[0]].shape[-1]
 
     def file(self, hook_name: str) -> Path:
@@ -80,9 +80,8 @@ class ActivationStore:
 
     def harvest(self, lm, names: list[str], batch_rows: int) -> None:
         """Run the model over all rows and write one file a hook, the gradient's last. No file is seen before it is whole."""
-        hooks = [name for name in names if not name.endswith(GRAD)]
-        gradient = [name for name in names if name.endswith(GRAD)]
-        if gradient:
+        hooks, gradient = [name for name in names if not name.endswith(GRAD)], self.hook_names[0] + GRAD
+        if gradient in names:
             # logits and their gradients have to fit; on a CPU, into memory that is used again
             most = 1 << (23 if self.device.type == "cpu" else 25)
             batch_rows = max(1, min(batch_rows, most // (self.n_ctx * lm.cfg.d_vocab)))
@@ -90,9 +89,9 @@ class ActivationStore:
         with contextlib.ExitStack() as stack:
             for start in range(0, len(self.rows), batch_rows):
                 tokens = self.tokens(slice(start, start + batch_rows))
-                if gradient:
+                if gradient in names:
                     found, grad = run_with_gradient(lm, tokens, hooks, self.hook_names[0])
-                    found[gradient[0]] = grad
+                    found[gradient] = grad
                 else:
                     found = run_prefix(lm, tokens, hooks)
                 for name, x in found.items():
@@ -126,11 +125,11 @@ class ActivationStore:
         return self.read(self.maps, rows, row=rows, position=np.arange(self.n_ctx), tokens=tokens)
 
     def read(self, maps: dict, index: np.ndarray, **about: np.ndarray) -> dict[str, Tensor]:
-        """A batch: entries of the maps, the first hook's as `x` too and its gradient as `grad`, and what is known about them."""
-        first, index = self.hook_names[0], torch.from_numpy(index)
+        """A batch: entries of the maps, the first hook's as `x` too, and what is known about them."""
+        index = torch.from_numpy(index)
         batch = {name: x.index_select(0, index).to(self.device).float() for name, x in maps.items()}
-        batch = {"x": batch[first]} | {"grad" if name == first + GRAD else name: x for name, x in batch.items()}
-        return batch | {key: torch.from_numpy(value).to(self.device) for key, value in about.items()}
+        about = {key: torch.from_numpy(value).to(self.device) for key, value in about.items()}
+        return {"x": batch[self.hook_names[0]]} | batch | about
 
     def batches(self, batch_size: int, seed: int = 0, whole_rows: bool = False) -> "Batches":
         """Endless shuffled batches: of `batch_size` activations, or of `batch_size` whole rows."""
@@ -168,11 +167,10 @@ def check_finite(name: str, x: Tensor, stored: Tensor, start: int) -> None:
     """FloatingPointError for values that are not finite as they are stored: it names the hook and the row, and says why."""
     bad = (~torch.isfinite(stored)).flatten(1).any(1)
     if bad.any():
-        i = int(bad.nonzero()[0])
-        why = f"is NaN or infinite in row {start + i} of the tokens: the model overflows there, try it in float32"
-        if torch.isfinite(x[i]).all():
-            large = f"reaches {x[i].abs().max():.3g} in row {start + i}"
-            why = f"{large}, too large for {stored.dtype}: use dtype='bfloat16'"
+        row = int(bad.nonzero()[0])
+        why = f"is NaN or infinite in row {start + row} of the tokens: the model overflows there, try it in float32"
+        if (most := x[row].abs().max()).isfinite():
+            why = f"reaches {most:.3g} in row {start + row}, too large for {stored.dtype}: use dtype='bfloat16'"
         raise FloatingPointError(f"{name} {why}")
 
 

@@ -431,7 +431,10 @@ def all_texts(dataset, **options):
     ("line", "reason"),
     [
         (b'{"text": "cut of', "line 18: Unterminated string starting at: line 1 column 10"),
-        (b'{"meta": 1}', "line 18: no column 'text'. The columns are meta: choose one, or a field of one, with text_field="),
+        (
+            b'{"meta": 1}',
+            "line 18: no column 'text'. The columns are meta: choose one, or a field of one, with text_field=",
+        ),
         (b'{"text": 3}', "line 18: column 'text' holds int, not text"),
         (b'["text"]', "line 18: the row is a list"),
         (b'{"text": "\\ud83d half"}', "line 18: .* position 0: surrogates not allowed"),
