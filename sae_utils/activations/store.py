@@ -30,7 +30,7 @@ class ActivationStore:
     last), as `grad` of a batch. Always in bfloat16: gradients are small, and float16 would lose those under 6e-8.
 
     Raises before any work: ValueError for an unknown hook, rows that are no tokens of the model, or a context over the
-    model's; OSError if the disk is too small. ValueError for a stored file that is damaged.
+    model's. OSError at the first batch if the disk is too small. ValueError for a stored file that is damaged.
     """
 
     def __init__(

@@ -394,7 +394,7 @@ def test_a_disk_too_small(tiny_gpt2, rows, own_cache, monkeypatch, forwards):
         raise OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch, pytest.raises(OSError) as said:
-        patch.setattr(os, "posix_fallocate", full)
+        patch.setattr(os, "posix_fallocate", full, raising=False)
         ActivationStore(tiny_gpt2, rows, PRE, batch_rows=3)
     assert re.search(
         rf"{PRE}.npy cannot be written: No space.* It needs 1.46 KiB, .* free there. Make room", str(said.value)
