@@ -18,13 +18,11 @@ def check_name(lm, hook_name: str) -> None:
     """Raise ValueError that names the nearest hooks and the number of layers if the model has no such hook."""
     if not hasattr(lm, "hook_dict"):
         raise ValueError(f"lm is {type(lm).__name__}: it has to be a model that load_language_model returned")
-    if isinstance(hook_name, str) and hook_name in lm.hook_dict:
-        return
-    usual = [n for n in lm.hook_dict if re.search(r"hook_(resid_\w+|mlp_out|attn_out|z)$", n)]
-    nearest = difflib.get_close_matches(str(hook_name), usual, n=4, cutoff=0)
-    layers = f"{lm.cfg.n_layers} layers are blocks.0 to blocks.{lm.cfg.n_layers - 1}"
-    near = f"Near ones: {', '.join(nearest)}"
-    raise ValueError(f"hook_name={hook_name!r} is not a hook of this model, whose {layers}. {near}")
+    if hook_name not in lm.hook_dict:
+        usual = [n for n in lm.hook_dict if re.search(r"hook_(resid_\w+|mlp_out|attn_out|z)$", n)]
+        near = ", ".join(difflib.get_close_matches(str(hook_name), usual, n=4, cutoff=0))
+        layers = f"{lm.cfg.n_layers} layers are blocks.0 to blocks.{lm.cfg.n_layers - 1}"
+        raise ValueError(f"hook_name={hook_name!r} is not a hook of this model, whose {layers}. Near ones: {near}")
 
 
 def check_hook(lm, hook_name: str) -> None:
@@ -37,6 +35,8 @@ def check_hook(lm, hook_name: str) -> None:
     checked = vars(lm).setdefault("idle_blocks", {})  # by hook: how many blocks a splice of a tensor leaves out
     if hook_name in checked:
         return
+    residual = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
+    n_idle, exact = int(residual[1]) + (residual[2] == "post") if residual else 0, False
     tokens = few_tokens(lm).expand(2, -1)
     with torch.no_grad():
         clean, x = lm(tokens), run_prefix(lm, tokens, [hook_name])[hook_name]
@@ -49,13 +49,11 @@ def check_hook(lm, hook_name: str) -> None:
         if not agree(splice(lm, tokens, hook_name, lambda x: x.clone()), clean) or torch.equal(whole, clean):
             wrong = "what is put there does not reach the logits of this model as it should"
             raise ValueError(f"hook_name={hook_name!r}: {wrong}. Use another hook, such as blocks.0.hook_resid_post")
-        residual = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
-        n_idle, exact = int(residual[1]) + (residual[2] == "post") if residual else 0, False
         # some families do more with what a layer returns than hand it on, and end in an error
         with contextlib.suppress(IndexError, TypeError, ValueError, RuntimeError, AttributeError):
-            exact = not n_idle or agree(splice(lm, tokens, hook_name, lambda _: other, (), n_idle), whole)
-        if not exact:
-            warnings.warn(f"{hook_name}: this model needs its early layers, so every splice there runs all of them")
+            exact = not n_idle or agree(splice(lm, tokens, hook_name, other, n_idle=n_idle), whole)
+    if not exact:
+        warnings.warn(f"{hook_name}: this model needs its early layers, so every splice there runs all of them")
     checked[hook_name] = n_idle if exact else 0
 
 
@@ -77,10 +75,10 @@ def check_tokens(lm, tokens) -> None:
     if tokens.shape[-1] > lm.cfg.n_ctx:
         raise ValueError(f"n_ctx={tokens.shape[-1]} is longer than the model's context of {lm.cfg.n_ctx} tokens")
     tokens = tokens.long() if isinstance(tokens, Tensor) else tokens  # torch has no minimum of some integer types
-    n = lm.cfg.d_vocab
     for token in (int(tokens.min()), int(tokens.max())):
-        if not 0 <= token < n:
-            raise ValueError(f"rows holds token {token}, and the model's vocabulary has {n}: another tokenizer's")
+        if not 0 <= token < lm.cfg.d_vocab:
+            vocabulary = f"the model's vocabulary has {lm.cfg.d_vocab}"
+            raise ValueError(f"rows holds token {token}, and {vocabulary}: another tokenizer's")
 
 
 def described(value) -> str:
@@ -185,9 +183,9 @@ def idle(lm, n_blocks: int):
     def hand_on(hidden_states, *args, **kwargs):
         return hidden_states if n_more < 0 else (hidden_states, *[None] * n_more)
 
-    for layer in layers:
-        layer.forward = hand_on
     try:
+        for layer in layers:
+            layer.forward = hand_on
         yield
     finally:
         for layer, forward in zip(layers, own):
@@ -200,10 +198,9 @@ def n_outputs(lm) -> int:
     """Length of the tuple that a Hugging Face layer returns, 0 for the bare residual stream: run to see, once per model."""
     if not hasattr(lm, "n_layer_outputs"):
         seen, layer = [], lm.blocks[0].original_component
-        look = layer.register_forward_hook(lambda m, args, out: seen.append(len(out) if type(out) is tuple else 0))
-        with look, torch.no_grad():  # the hook is removed at the end
-            lm(torch.zeros(1, 1, dtype=torch.long, device=lm.cfg.device))
-        lm.n_layer_outputs = seen[0]
+        with layer.register_forward_hook(lambda module, args, out: seen.append(out)), torch.no_grad():
+            lm(few_tokens(lm))
+        lm.n_layer_outputs = len(seen[0]) if type(seen[0]) is tuple else 0
     return lm.n_layer_outputs
 
 

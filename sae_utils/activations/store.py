@@ -6,24 +6,13 @@ notebook finds what another has harvested. Hooks harvested from the same rows ar
 
 import contextlib
 import hashlib
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import (
-    array_writer,
-    cache_dir,
-    digest,
-    disk_errors,
-    in_bytes,
-    lock,
-    open_array,
-    remove_leftovers,
-    replacing,
-)
+from ..files import array_writer, cache_dir, digest, disk_errors, lock, open_array, replacing
 from ..saes.files import tensors_hash
 from ..values import flag, one_of, whole
 from .hooks import check_hook, check_tokens, run_prefix, run_with_gradient
@@ -41,7 +30,7 @@ class ActivationStore:
     last), as `grad` of a batch. Always in bfloat16: gradients are small, and float16 would lose those under 6e-8.
 
     Raises before any work: ValueError for an unknown hook, rows that are no tokens of the model, or a context over the
-    model's; OSError if the disk is too small. ValueError for a stored file that is damaged.
+    model's. OSError at the first batch if the disk is too small. ValueError for a stored file that is damaged.
     """
 
     def __init__(
@@ -55,25 +44,26 @@ class ActivationStore:
         for name in self.hook_names:
             check_hook(lm, name)
         if held := [name for name, hook in lm.hook_dict.items() if hook.fwd_hooks or hook.bwd_hooks]:
-            raise ValueError(
-                f"the model has hooks of its own at {held[0]}, which would change what is stored: lm.reset_hooks()"
-            )
+            change = "which would change what is stored: lm.reset_hooks()"
+            raise ValueError(f"the model has hooks of its own at {held[0]}, {change}")
         self.skip, batch_rows = int(flag("skip_first", skip_first)), whole("batch_rows", batch_rows)
-        self.rows = rows = token_rows(lm, rows)
-        if (n_ctx := rows.shape[1]) < 1 + max(self.skip, flag("gradients", gradients)):
-            raise ValueError(f"rows has n_ctx={n_ctx}: position 0 is left out, and a gradient needs a next token")
-        self.n_ctx = n_ctx
+        self.rows = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+        check_tokens(lm, self.rows)
+        smallest = np.uint16 if lm.cfg.d_vocab <= 1 << 16 else np.uint32
+        self.rows = self.rows.astype(smallest, copy=self.rows.flags.writeable)
+        self.n_ctx = self.rows.shape[1]
+        if self.n_ctx < 1 + max(self.skip, flag("gradients", gradients)):
+            raise ValueError(f"rows has n_ctx={self.n_ctx}: position 0 is left out, and a gradient needs a next token")
         self.device = torch.device(lm.cfg.device)
         self.dtype = getattr(torch, dtype)
-        key = digest([weights_hash(lm), hashlib.sha256(np.ascontiguousarray(rows)).hexdigest(), rows.shape, dtype])
-        self.path = cache_dir() / "activations" / key
+        rows_hash = hashlib.sha256(np.ascontiguousarray(self.rows)).hexdigest()
+        self.path = cache_dir() / "activations" / digest([weights_hash(lm), rows_hash, self.rows.shape, dtype])
         stored = self.hook_names + ([self.hook_names[0] + GRAD] if gradients else [])
-        missing = [name for name in stored if not self.file(name).exists()]
-        if missing:
+        if not all(self.file(name).exists() for name in stored):
             with disk_errors(self.path), lock(self.path):
-                if missing := [name for name in missing if not self.file(name).exists()]:
+                if missing := [name for name in stored if not self.file(name).exists()]:
                     self.harvest(lm, missing, batch_rows)
-        self.maps = {name: self.open(name) for name in stored}
+        self.maps = {"grad" if name.endswith(GRAD) else name: self.open(name) for name in stored}
         self.d_in = self.maps[self.hook_names[0]].shape[-1]
 
     def file(self, hook_name: str) -> Path:
@@ -88,42 +78,30 @@ class ActivationStore:
     def dtype_of(self, name: str) -> torch.dtype:
         return torch.bfloat16 if name.endswith(GRAD) else self.dtype
 
-    def harvest(self, lm, hook_names: list[str], batch_rows: int) -> None:
-        """Run the model over all rows and write one file a hook. No file is seen before it is whole."""
-        wanted = [name.removesuffix(GRAD) for name in hook_names]
-        first = run_prefix(lm, self.tokens(slice(0, 1)), wanted)
-        shapes = {name: (*self.rows.shape, first[hook].shape[-1]) for name, hook in zip(hook_names, wanted)}
-        if hook_names[-1].endswith(GRAD):
+    def harvest(self, lm, names: list[str], batch_rows: int) -> None:
+        """Run the model over all rows and write one file a hook, the gradient's last. No file is seen before it is whole."""
+        hooks, gradient = [name for name in names if not name.endswith(GRAD)], self.hook_names[0] + GRAD
+        if gradient in names:
             # logits and their gradients have to fit; on a CPU, into memory that is used again
             most = 1 << (23 if self.device.type == "cpu" else 25)
             batch_rows = max(1, min(batch_rows, most // (self.n_ctx * lm.cfg.d_vocab)))
-        need = sum(2 * int(np.prod(shape)) for shape in shapes.values())
-        with disk_errors(self.path, need):
-            self.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.path)
-        free = shutil.disk_usage(self.path).free
-        if need > 0.95 * free:
-            room = f"need {in_bytes(need)} and {self.path} has {in_bytes(free)} free"
-            advice = "lower n_tokens, harvest fewer hooks, or set SAE_UTILS_CACHE to a larger disk"
-            raise OSError(f"the activations of {', '.join(hook_names)} {room}: {advice}")
+        append = {}
         with contextlib.ExitStack() as stack:
-            append = {}
-            for name in hook_names:
-                new = stack.enter_context(replacing(self.file(name)))
-                append[name] = stack.enter_context(array_writer(new, shapes[name], np.uint16))
             for start in range(0, len(self.rows), batch_rows):
                 tokens = self.tokens(slice(start, start + batch_rows))
-                for name, x in self.run(lm, tokens, hook_names).items():
+                if gradient in names:
+                    found, grad = run_with_gradient(lm, tokens, hooks, self.hook_names[0])
+                    found[gradient] = grad
+                else:
+                    found = run_prefix(lm, tokens, hooks)
+                for name, x in found.items():
+                    if name not in append:
+                        new = stack.enter_context(replacing(self.file(name)))
+                        shape = (*self.rows.shape, x.shape[-1])
+                        append[name] = stack.enter_context(array_writer(new, shape, np.uint16))
                     stored = x.to(self.dtype_of(name))
                     check_finite(name, x, stored, start)
                     append[name](stored.cpu().view(torch.int16).numpy().view(np.uint16))
-
-    def run(self, lm, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
-        """Activations, and the gradient if it is among the names, from one forward."""
-        if not names[-1].endswith(GRAD):
-            return run_prefix(lm, tokens, names)
-        found, grad = run_with_gradient(lm, tokens, names[:-1], names[-1].removesuffix(GRAD))
-        return found | {names[-1]: grad}
 
     def tokens(self, rows) -> Tensor:
         return torch.from_numpy(self.rows[rows].astype(np.int64)).to(self.device)
@@ -147,11 +125,11 @@ class ActivationStore:
         return self.read(self.maps, rows, row=rows, position=np.arange(self.n_ctx), tokens=tokens)
 
     def read(self, maps: dict, index: np.ndarray, **about: np.ndarray) -> dict[str, Tensor]:
-        """A batch: entries of the maps, the first hook's as `x` too and its gradient as `grad`, and what is known about them."""
-        first, index = self.hook_names[0], torch.from_numpy(index)
+        """A batch: entries of the maps, the first hook's as `x` too, and what is known about them."""
+        index = torch.from_numpy(index)
         batch = {name: x.index_select(0, index).to(self.device).float() for name, x in maps.items()}
-        batch = {"x": batch[first]} | {"grad" if name == first + GRAD else name: x for name, x in batch.items()}
-        return batch | {key: torch.from_numpy(value).to(self.device) for key, value in about.items()}
+        about = {key: torch.from_numpy(value).to(self.device) for key, value in about.items()}
+        return {"x": batch[self.hook_names[0]]} | batch | about
 
     def batches(self, batch_size: int, seed: int = 0, whole_rows: bool = False) -> "Batches":
         """Endless shuffled batches: of `batch_size` activations, or of `batch_size` whole rows."""
@@ -189,32 +167,17 @@ def check_finite(name: str, x: Tensor, stored: Tensor, start: int) -> None:
     """FloatingPointError for values that are not finite as they are stored: it names the hook and the row, and says why."""
     bad = (~torch.isfinite(stored)).flatten(1).any(1)
     if bad.any():
-        i = int(bad.nonzero()[0])
-        why = f"is NaN or infinite in row {start + i} of the tokens: the model overflows there, try it in float32"
-        if torch.isfinite(x[i]).all():
-            large = f"reaches {x[i].abs().max():.3g} in row {start + i}"
-            why = f"{large}, too large for {stored.dtype}: use dtype='bfloat16'"
+        row = int(bad.nonzero()[0])
+        why = f"is NaN or infinite in row {start + row} of the tokens: the model overflows there, try it in float32"
+        if (most := x[row].abs().max()).isfinite():
+            why = f"reaches {most:.3g} in row {start + row}, too large for {stored.dtype}: use dtype='bfloat16'"
         raise FloatingPointError(f"{name} {why}")
-
-
-def token_rows(lm, rows) -> np.ndarray:
-    """Rows of tokens [n_rows, n_ctx], checked against the model, in the smallest type that holds them; ValueError if they are none."""
-    try:
-        rows = rows if isinstance(rows, np.ndarray) else np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
-    except (ValueError, TypeError):
-        raise ValueError("rows is no array: token rows are integers [n_rows, n_ctx], all rows of one length") from None
-    if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "iu":
-        found = f"rows has shape {list(rows.shape)} and type {rows.dtype}"
-        raise ValueError(f"{found}: token rows are integers [n_rows, n_ctx], as `tokens` gives them")
-    check_tokens(lm, rows)
-    return rows.astype(np.uint16 if lm.cfg.d_vocab <= 1 << 16 else np.uint32, copy=rows.flags.writeable)
 
 
 def numbers(name: str, values, n: int) -> np.ndarray:
     """The values as an array of whole numbers below n; ValueError if they are none."""
     array = np.atleast_1d(np.asarray(values.cpu() if isinstance(values, Tensor) else values))
-    good = array.ndim == 1 and array.dtype.kind in "iu" and array.size and 0 <= array.min() and array.max() < n
-    if not good:
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size or array.min() < 0 or array.max() >= n:
         raise ValueError(f"{name}={values!r}: they have to be whole numbers from 0 to {n - 1:,}, in a list or array")
     return array.astype(np.int64, copy=False)
 

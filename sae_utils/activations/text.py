@@ -4,20 +4,15 @@ A document goes to one split only: by the hash of its name, 90% train, 5% valida
 few: by the rank of that hash). A source of fewer than `FEW_DOCUMENTS` documents cannot be split that way; there each document
 is cut in that order and proportion.
 
-Text is not lost in silence: `tokens` warns of what is left out, also when its rows come from the cache. That is
-- near-duplicates: more than half of such a document, by characters, stands in documents before it (see `marks`);
-- empty documents and nulls;
-- rows that cannot be read (broken JSON, no such column, no text, no UTF-8). More than `BAD_SHARE` of them are refused;
-- files of other kinds, hidden files and folders, and linked folders;
-- text that the tokenizer drops or does not know.
+Text is not lost in silence. `tokens` warns of near-duplicates, of empty documents and nulls, of rows that cannot be read (more
+than `BAD_SHARE` of them are refused), of files and folders that it does not read, and of text that the tokenizer drops or does
+not know, also when its rows come from the cache.
 """
 
 import copy
 import hashlib
 import itertools
 import json
-import shutil
-import tempfile
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -25,14 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from ..code import source_hashes
-from ..files import ASSETS, BUILTIN_MODEL, array_writer, build_once, cache_dir, digest, file_hash, open_array, replacing
+from ..files import array_writer, build_once, cache_dir, digest, file_hash, open_array, replacing
 from ..values import flag, one_of, whole
-from .corpus import BUILTIN, ROWS, builtin_documents, builtin_hash, report_left_out, shipped_rows
-from .sources import document_name, hub_rows, local_files, local_path, named, read_local, readable
+from .corpus import BUILTIN, builtin_documents, builtin_hash, report_left_out, shipped_rows
+from .sources import find, hub_rows, local_files, read_local, readable
 
-# What the chapters ask for with their defaults, in rows of 256 tokens of `python-lm`: split, n_tokens, spread.
-SHIPPED = [("train", 600_000, 16), ("train", 1_024_000, 1), ("validation", 16_384, 1)]
-SHIPPED += [(split, n_tokens, 16) for split in ("validation", "test") for n_tokens in (16_384, 32_768, 65_536)]
 SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}
 FEW_DOCUMENTS = 20
 CONTEXT = 60
@@ -65,16 +57,15 @@ def tokens(
     of a document may be in several splits.
 
     Documents are joined by the end-of-text token and cut into rows, which start anywhere; the last partial row is dropped.
-    A UserWarning counts the documents and files that are left out and says why.
     Raises ValueError for a bad value, an empty data set or a bad file, FileNotFoundError for a data set that is not found.
     """
-    dataset = named(dataset)
+    source = find(dataset)
     one_of("split", split, SPLITS)
     n_ctx, n_tokens, spread = whole("n_ctx", n_ctx, 2), whole("n_tokens", n_tokens, 0), whole("spread", spread)
     bos, deduplicate = flag("bos", bos), flag("deduplicate", deduplicate)
-    if not all(hasattr(tokenizer, name) for name in ("eos_token_id", "get_vocab", "is_fast")):
+    if not getattr(tokenizer, "is_fast", False):
         remedy = "pass lm.tokenizer, or transformers.AutoTokenizer.from_pretrained(name)"
-        raise ValueError(f"tokenizer={tokenizer!r:.80} is not a tokenizer: {remedy}")
+        raise ValueError(f"tokenizer={tokenizer!r:.80} is not a fast tokenizer of transformers: {remedy}")
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token, which joins documents: set tokenizer.eos_token")
     if bos and tokenizer.bos_token_id is None:
@@ -84,20 +75,20 @@ def tokens(
     n_rows = n_tokens // n_ctx
     if n_tokens and not n_rows:
         raise ValueError(f"n_tokens={n_tokens} is less than one row of n_ctx={n_ctx}")
-    corpus, local = corpus_hash(dataset, config), dataset != BUILTIN and local_path(dataset)
-    streamed = local is None
+    name, streamed = f"dataset={str(source)!r}", isinstance(source, str) and source != BUILTIN
     if streamed and not n_tokens:
-        raise ValueError(f"n_tokens=0: dataset={dataset!r} is streamed from the hub, so say how many tokens to take")
+        raise ValueError(f"n_tokens=0: {name} is streamed from the hub, so say how many tokens to take")
     spread = spread if n_tokens and not streamed else 1
-    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
     about = [tokenizer_hash(tokenizer), n_ctx, n_tokens, split, bos, spread]
     rules = [source_hashes()[f"activations/{module}.py"] for module in ("text", "sources", "corpus")]
-    path = cache_dir() / "tokens" / f"{digest([corpus, *about, text_field, deduplicate, rules])}.npy"
-    note, what = path.with_suffix(".lost"), f"dataset={dataset!r}, split={split!r}"
+    key = digest([corpus_hash(dataset, config), *about, text_field, deduplicate, rules])
+    path = cache_dir() / "tokens" / f"{key}.npy"
+    note, what = path.with_suffix(".lost"), f"{name}, split={split!r}"
 
     def build(new):
         lost = Counter()
         ids = token_stream(documents(dataset, split, text_field, config, deduplicate, lost), tokenizer, lost)
+        dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32
         rows = pack(ids, n_ctx, n_rows, spread, tokenizer.bos_token_id if bos else None, dtype)
         if lost["characters"] and lost["tokens"] == lost["silent"]:
             raise ValueError(f"{what}: the tokenizer makes no token of any document. Use that of a model of such text")
@@ -110,21 +101,19 @@ def tokens(
         with array_writer(new, rows.shape, dtype) as append:
             append(rows)
 
-    if dataset == BUILTIN and (shipped := shipped_rows(*about)).is_file():
+    if source == BUILTIN and (shipped := shipped_rows(*about)).is_file():
         path = shipped
     else:
         build_once(path, build)
-        if dataset == BUILTIN:
+        if source == BUILTIN:
             report_left_out()
     rows = open_array(path)
-    if rows.ndim != 2 or rows.shape[1] != n_ctx or rows.dtype != dtype:
-        raise ValueError(f"{path} holds {rows.dtype}{list(rows.shape)}, not {dtype.__name__}[rows, {n_ctx}]: delete it")
     said = [note.read_text(encoding="utf-8")] if note.exists() else []
-    if local and (others := local_files(local)[1]):
+    if isinstance(source, Path) and (others := local_files(source)[1]):
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(others.items()))
         said.append(f"files and folders not read: {kinds}")
     if said:
-        warnings.warn(f"dataset={dataset!r}: {'; '.join(said)}")
+        warnings.warn(f"{name}: {'; '.join(said)}")
     if len(rows) < n_rows:
         warnings.warn(f"{what} has {rows.size:,} tokens, fewer than n_tokens={n_tokens:,}")
     return rows
@@ -171,22 +160,19 @@ def token_stream(texts, tokenizer, lost, batch=64):
     """Token ids of the documents, a list each, ended by the end-of-text token; what becomes of their text is counted."""
     texts = iter(texts)
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
-    if tokenizer.is_fast:  # a copy, as the tokenizer may be set to pad or truncate
-        fast = copy.deepcopy(tokenizer.backend_tokenizer)
-        fast.no_padding()
-        fast.no_truncation()
-        fast.encode_special_tokens = True  # a text that spells "<|endoftext|>" does not end there
+    fast = copy.deepcopy(tokenizer.backend_tokenizer)  # a copy, as the tokenizer may be set to pad or truncate
+    fast.no_padding()
+    fast.no_truncation()
+    fast.encode_special_tokens = True  # a text that spells "<|endoftext|>" does not end there
     while group := list(itertools.islice(texts, batch)):
-        if tokenizer.is_fast:  # 40% less work than encode_batch, which also locates every token in the text
-            ids = [encoding.ids for encoding in fast.encode_batch_fast(group, add_special_tokens=False)]
-            if not lost["characters"]:
-                starts = [text[:10_000] for text in group]
-                for text, encoding in zip(starts, fast.encode_batch(starts, add_special_tokens=False)):
-                    unseen = set(range(len(text))).difference(*(range(*place) for place in encoding.offsets))
-                    lost["dropped"] += sum(not text[i].isspace() for i in unseen)
-                    lost["looked at"] += len(text)
-        else:
-            ids = tokenizer(group, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        # 40% less work than encode_batch, which also locates every token in the text
+        ids = [encoding.ids for encoding in fast.encode_batch_fast(group, add_special_tokens=False)]
+        if not lost["characters"]:
+            starts = [text[:10_000] for text in group]
+            for text, encoding in zip(starts, fast.encode_batch(starts, add_special_tokens=False)):
+                unseen = set(range(len(text))).difference(*(range(*place) for place in encoding.offsets))
+                lost["dropped"] += sum(not text[i].isspace() for i in unseen)
+                lost["looked at"] += len(text)
         lost["characters"] += sum(map(len, group))
         lost["tokens"] += sum(map(len, ids)) + len(ids)
         lost["silent"] += sum(not document and not text.isspace() for document, text in zip(ids, group))
@@ -196,13 +182,8 @@ def token_stream(texts, tokenizer, lost, batch=64):
 
 def tokenizer_hash(tokenizer) -> str:
     """What identifies a tokenizer: all that makes tokens of text, and the special tokens that `tokens` adds."""
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state |= dict.fromkeys(["truncation", "padding", "post_processor", "decoder"])
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            state = [type(tokenizer), *((file.name, file_hash(file)) for file in sorted(Path(folder).iterdir()))]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= dict.fromkeys(["truncation", "padding", "post_processor", "decoder"])
     return digest([state, tokenizer.eos_token_id, tokenizer.bos_token_id])
 
 
@@ -211,36 +192,35 @@ def documents(dataset, split, text_field="text", config="", deduplicate=True, lo
 
     lost: a Counter to which what is left out is added, with the first bad row under "first".
     """
-    dataset = named(dataset)
-    if dataset == BUILTIN:
+    source, lost = find(dataset), Counter() if lost is None else lost
+    if source == BUILTIN:
         yield from (text for name, text in builtin_documents() if split_of(name) == split)
-        return
-    path, lost = local_path(dataset), Counter() if lost is None else lost
-    found = read_local(path, text_field, lost) if path else readable(hub_rows(dataset, config), text_field, lost)
-    found = distinct(found, deduplicate, lost)
-    if not path:
-        yield from (text for name, text in found if split_of(name) == split)
-        return
-    texts = [text for _, text in sorted(found, key=lambda document: name_hash(document[0]))]
-    if not texts:
-        raise ValueError(f"dataset={dataset!r} holds no text: every document is empty (text_field={text_field!r})")
-    whole_ones = len(texts) >= FEW_DOCUMENTS
-    yield from part(texts, split) if whole_ones else filter(None, (part(text, split) for text in texts))
+    elif isinstance(source, str):
+        found = readable(hub_rows(source, config), text_field, lost)
+        yield from (text for name, text in distinct(found, deduplicate, lost) if split_of(name) == split)
+    else:
+        found = distinct(read_local(source, text_field, lost), deduplicate, lost)
+        texts = [text for _, text in sorted(found, key=lambda document: name_hash(document[0]))]
+        if not texts:
+            empty = f"every document is empty (text_field={text_field!r})"
+            raise ValueError(f"dataset={str(source)!r} holds no text: {empty}")
+        few = len(texts) < FEW_DOCUMENTS
+        yield from filter(None, (part(text, split) for text in texts)) if few else part(texts, split)
 
 
 def corpus_hash(dataset, config="") -> str:
     """What identifies the text: a hash of the bytes for the built-in corpus and local files, name@revision for the hub, with
     the configuration if there is one."""
-    dataset = named(dataset)
-    path = None if dataset == BUILTIN else local_path(dataset)
-    if not isinstance(config, str) or config and (path or dataset == BUILTIN):
+    source = find(dataset)
+    local = source == BUILTIN or isinstance(source, Path)
+    if not isinstance(config, str) or config and local:
         allowed = "the name of a hub data set's configuration, '' for any other data set"
         raise ValueError(f"config={config!r} (dataset_config of a notebook): it has to be {allowed}")
-    if dataset == BUILTIN:
+    if source == BUILTIN:
         return builtin_hash()
-    if path:
-        return digest([(document_name(file, path), file_hash(file)) for file in local_files(path)[0]])
-    return f"{dataset}:{config}" if config else dataset
+    if local:
+        return digest([(name, file_hash(file)) for name, file in local_files(source)[0].items()])
+    return f"{source}:{config}" if config else source
 
 
 def name_hash(name: str) -> str:
@@ -292,16 +272,3 @@ def marks(text: str) -> list[tuple[int, int | None]]:
             length += len(lines[start])
         found.append((len(line), hash("\n".join(lines[start : i + 1])) if length >= CONTEXT else None))
     return found
-
-
-def write_shipped_rows() -> None:
-    """Make the token rows that ship with the repository anew from the installed packages (for maintainers)."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(ASSETS / BUILTIN_MODEL)
-    for file in ROWS.glob("*.npy"):
-        file.unlink()
-    ROWS.mkdir(exist_ok=True)
-    for split, n_tokens, spread in SHIPPED:
-        rows = tokens(BUILTIN, tokenizer, 256, n_tokens, split, spread=spread)
-        shutil.copyfile(rows.filename, shipped_rows(tokenizer_hash(tokenizer), 256, n_tokens, split, False, spread))

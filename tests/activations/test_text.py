@@ -3,9 +3,9 @@ import gzip
 import hashlib
 import http.server
 import json
-import lzma
 import os
 import re
+import runpy
 import sysconfig
 import threading
 import time
@@ -281,7 +281,7 @@ def test_directory_mixes_formats_and_names_by_relative_path(tmp_path):
     assert found == {"a.txt": "one\ntwo", "sub/a.txt": "three", "b.jsonl:0": "four", "b.jsonl:1": "five"}
 
 
-PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress}
 PACK[".zst"] = lambda content: pa.Codec("zstd").compress(content, asbytes=True)
 
 
@@ -293,20 +293,20 @@ def test_a_directory_says_what_it_does_not_read(words, tmp_path):
     for i, (suffix, pack) in enumerate(PACK.items()):
         (folder / f"{i}.TXT{suffix.upper()}").write_bytes(pack(f"a b {LETTERS[i]}".encode()))
         (folder / f"{i}.jsonl{suffix}").write_bytes(pack(f'{{"text": "c d {LETTERS[i]}"}}\n'.encode()))
-    for name in ("notes.md", "more.MD", "table.csv.gz", "plain", ".hidden.txt"):
+    for name in ("notes.md", "more.MD", "table.csv.gz", "a.txt.xz", "plain", ".hidden.txt"):
         (folder / name).write_text("no")
     (folder / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "gone.txt").symlink_to(folder / "nowhere")
     found = dict(sources.read_local(folder, "text"))
-    assert sorted(found.values()) == sorted(f"{start} {letter}" for letter in LETTERS[:5] for start in ("a b", "c d"))
+    assert sorted(found.values()) == sorted(f"{start} {letter}" for letter in LETTERS[:4] for start in ("a b", "c d"))
     for _ in range(2):
         with pytest.warns(
-            UserWarning, match="not read: 1 .gz, 2 .md, 1 .txt, 2 hidden, 1 linked folder, 1 without a suffix"
+            UserWarning, match="not read: 1 .gz, 2 .md, 1 .txt, 1 .xz, 2 hidden, 1 linked folder, 1 without a suffix"
         ):
             tokens(folder, words, 4, deduplicate=False)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
 def test_a_damaged_compressed_file_is_refused_by_path(suffix, words, tmp_path):
     content = PACK[suffix](json.dumps({"text": " ".join(map(str, range(2000)))}).encode())
     for damaged in (content[: len(content) // 2], b"no archive"):
@@ -315,16 +315,14 @@ def test_a_damaged_compressed_file_is_refused_by_path(suffix, words, tmp_path):
             tokens(tmp_path / f"x.jsonl{suffix}", words, 4)
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
 def test_every_stream_of_a_compressed_file_is_read_or_refused(suffix, tmp_path):
     text = "".join(f"line {i}\n" for i in range(20_000))
     first, second = (PACK[suffix](part.encode()) for part in (text[:700], text[700:]))
     file = tmp_path / f"x.txt{suffix}"
-    padding = [b""] if suffix == ".zst" else [b"", bytes(4), bytes((1 << 20) + 4)]
-    for zeros in padding:
-        file.write_bytes(first + zeros + second + zeros)
-        assert dict(sources.read_local(file, "text")) == {file.name: text}
-    for damaged in (bytes([second[0] ^ 1]) + second[1:], second[:-9], b"more"):
+    file.write_bytes(first + second)
+    assert dict(sources.read_local(file, "text")) == {file.name: text}
+    for damaged in (bytes([second[0] ^ 1]) + second[1:], second[:-9], b"more", bytes(4) + second):
         file.write_bytes(first + damaged)
         with pytest.raises(ValueError, match=f"{file.name} cannot be read as .txt{suffix} "):
             list(sources.read_local(file, "text"))
@@ -370,9 +368,12 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path):
     text = "one\u2028two\u0085three"
     path = Path(write_jsonl(tmp_path / "x.jsonl", [text, "four"]))
     content = path.read_bytes()
-    for newline in (b"\n", b"\r\n", b"\r"):
+    for newline in (b"\n", b"\r\n"):
         path.write_bytes(content.replace(b"\n", newline))
         assert [t for _, t in sources.read_local(path, "text")] == [text, "four"]
+    path.write_bytes(content.replace(b"\n", b"\r"))
+    with pytest.raises(ValueError, match="x.jsonl, line 1: Extra data"):
+        list(sources.read_local(path, "text"))
 
 
 def test_text_field(words, tmp_path):
@@ -429,12 +430,15 @@ def all_texts(dataset, **options):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "cut of', "line 18: no valid JSON .Unterminated string starting at: character 10"),
-        (b'{"meta": 1}', "line 18: no column 'text'. The columns are meta: choose one with text_field="),
+        (b'{"text": "cut of', "line 18: Unterminated string starting at: line 1 column 10"),
+        (
+            b'{"meta": 1}',
+            "line 18: no column 'text'. The columns are meta: choose one, or a field of one, with text_field=",
+        ),
         (b'{"text": 3}', "line 18: column 'text' holds int, not text"),
         (b'["text"]', "line 18: the row is a list"),
-        (b'{"text": "\\ud83d half"}', "line 18: character 0 of 'text' is half of a surrogate pair"),
-        (b'{"text": "caf\xe9"}', "line 18: byte 13 is not UTF-8"),
+        (b'{"text": "\\ud83d half"}', "line 18: .* position 0: surrogates not allowed"),
+        (b'{"text": "caf\xe9"}', "line 18: 'utf-8' codec can't decode byte 0xe9 in position 13"),
         (b"[" * 100_000, "line 18: "),
     ],
 )
@@ -463,8 +467,8 @@ def test_rows_that_are_no_text(rows_source):
 def test_invalid_text_in_a_parquet_column(tmp_path):
     texts = pa.array([text.encode() for text in TEXTS] + [b"caf\xe9"]).view(pa.string())
     pq.write_table(pa.table({"text": texts}), tmp_path / "x.parquet")
-    found, lost = all_texts(str(tmp_path / "x.parquet"))
-    assert sorted(found) == sorted(TEXTS) and lost["bad"] == 1 and "x.parquet, row 41" in lost["first"]
+    with pytest.raises(ValueError, match="x.parquet cannot be read as .parquet .* can't decode byte 0xe9"):
+        all_texts(str(tmp_path / "x.parquet"))
 
 
 def test_columns(rows_source):
@@ -479,7 +483,7 @@ def test_columns(rows_source):
     assert sorted(all_texts(dataset, text_field="a.b")[0]) == sorted(TEXTS)
     assert sorted(all_texts(dataset, text_field="turns")[0]) == sorted(f"{text}\nok" for text in TEXTS)
     for field in ("text", "data.text", "data.body.text"):
-        columns = "columns are data.body, data.id, a.b, turns: choose one with text_field="
+        columns = "columns are (data|data, a.b, turns): choose one, or a field of one, with text_field="
         with pytest.raises(ValueError, match=f"{dataset}.* no column '{field}'. The {columns}"):
             all_texts(dataset, text_field=field)
     with pytest.raises(ValueError, match="'data' holds dict, not text"):
@@ -601,33 +605,6 @@ def test_what_changes_the_rows_changes_the_cache(text):
     assert 26 in add(tokenizer=lower) and len(names) == 9
     Path(text).write_text("z y x w v u t s r q " * 20)
     assert add()[0, :3].tolist() == [26, 25, 24] and len(names) == 10
-
-
-@pytest.fixture
-def slow_tokenizer(tmp_path):
-    """A function that makes a tokenizer which is not of the `tokenizers` library, with merges of its own."""
-    from transformers import CTRLTokenizer
-
-    def make(merge, **settings):
-        vocabulary = ["<unk>", "</s>", "a@@", "b@@", "c", "ab@@", "bc", "ab@@c", "a@@bc"]
-        (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-        (tmp_path / "merges.txt").write_text(f"#version\n{merge}\n")
-        return CTRLTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt", eos_token="</s>", **settings)
-
-    return make
-
-
-def test_slow_tokenizers_of_one_vocabulary_are_told_apart(slow_tokenizer, tmp_path):
-    (tmp_path / "text.txt").write_text("abc " * 100)
-    rows = [tokens(tmp_path / "text.txt", slow_tokenizer(merge), 4) for merge in ("a b", "b c</w>", "a b")]
-    assert rows[0].filename == rows[2].filename != rows[1].filename
-    assert rows[0][0].tolist() == [5, 4, 5, 4] and rows[1][0].tolist() == [2, 6, 2, 6]
-
-
-def test_a_text_that_spells_a_slow_tokenizers_end_does_not_end_there(slow_tokenizer, tmp_path):
-    (tmp_path / "text.txt").write_text("abc </s> " * 100)
-    with pytest.warns(UserWarning, match="of the tokens are the tokenizer's token for unknown text"):
-        assert 1 not in tokens(tmp_path / "text.txt", slow_tokenizer("a b"), 4)
 
 
 def test_rows_of_other_rules_are_made_anew(words, text, monkeypatch):
@@ -763,12 +740,12 @@ def test_a_kill_while_building_leaves_nothing_that_loads(moment, words, text, ow
         ({"text_field": ["a"]}, ValueError, "text_field="),
         ({"config": "en"}, ValueError, r"config='en' \(dataset_config of a notebook\): "),
         ({"config": None}, ValueError, "config=None"),
-        ({"tokenizer": None}, ValueError, "tokenizer=None is not a tokenizer: pass lm.tokenizer"),
-        ({"tokenizer": "gpt2"}, ValueError, "tokenizer='gpt2' is not a tokenizer"),
+        ({"tokenizer": None}, ValueError, "tokenizer=None is not a fast tokenizer of transformers: pass lm.tokenizer"),
+        ({"tokenizer": "gpt2"}, ValueError, "tokenizer='gpt2' is not a fast tokenizer"),
         ({"dataset": None}, ValueError, "dataset=None: it has to be one name or path"),
         ({"dataset": ["a.txt"]}, ValueError, "dataset=.'a.txt'.: it has to be one name or path"),
         ({"dataset": b"a.txt"}, ValueError, "dataset=b'a.txt'"),
-        ({"dataset": "a b " * 1000}, FileNotFoundError, "dataset='a b .{70,150}File name too long"),
+        ({"dataset": "a b " * 1000}, FileNotFoundError, "dataset='a b .{70,80}: no such file"),
         ({"dataset": "~nobody/a.txt"}, FileNotFoundError, "dataset='~nobody/a.txt'"),
         ({"dataset": "python_sorce"}, FileNotFoundError, "did you mean 'python-source'"),
         ({"bos": True}, ValueError, "no bos_token"),
@@ -804,6 +781,16 @@ def test_a_hub_name_needs_a_number_of_tokens(value, words, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
     with pytest.raises(ValueError, match="n_tokens=0.*streamed"):
         tokens("Skylion007/openwebtext", words, 4)
+
+
+def test_a_slow_tokenizer_is_refused(text, tmp_path):
+    from transformers import CTRLTokenizer
+
+    (tmp_path / "vocab.json").write_text('{"<unk>": 0, "</s>": 1, "a@@": 2, "b": 3}')
+    (tmp_path / "merges.txt").write_text("#version\na b\n")
+    slow = CTRLTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt", eos_token="</s>")
+    with pytest.raises(ValueError, match="tokenizer=CTRLTokenizer.* is not a fast tokenizer"):
+        tokens(text, slow, 4)
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(text):
@@ -960,6 +947,7 @@ def test_the_shipped_rows_are_those_of_the_packages(built_in_tokenizer, monkeypa
 
 def test_the_chapters_find_their_rows_whatever_is_installed(built_in_tokenizer, monkeypatch, tmp_path):
     """With none of the packages' text, and without a word."""
+    shipped = runpy.run_path(files.ROOT / "benchmarks" / "ship_rows.py")["SHIPPED"]
     asked = {("train", 1_024_000, 1), ("validation", 16_384, 1)}  # by chapter 00
     for path in sorted(notebooks_dir().glob("0[1-8]*.ipynb")):
         parameters = {name: parameter.default for name, parameter in parameters_of(path).items()}
@@ -967,11 +955,11 @@ def test_the_chapters_find_their_rows_whatever_is_installed(built_in_tokenizer, 
         asked |= {("train", parameters["n_tokens"], 16), *(("test", size, 16) for size in sizes)}
         if "validation" in path.read_text():
             asked |= {("validation", size, 16) for size in sizes}
-    assert asked <= set(text_module.SHIPPED) and len(list(corpus.ROWS.iterdir())) == len(text_module.SHIPPED)
+    assert asked <= set(shipped) and len(list(corpus.ROWS.iterdir())) == len(shipped)
     monkeypatch.setattr(corpus, "site_packages", lambda: tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for split, n_tokens, spread in text_module.SHIPPED:
+        for split, n_tokens, spread in shipped:
             rows = tokens(BUILTIN, built_in_tokenizer, 256, n_tokens, split, spread=spread)
             assert rows.shape == (n_tokens // 256, 256)
     with pytest.warns(UserWarning, match="files are missing"), pytest.raises(ValueError, match="holds 0 tokens"):
