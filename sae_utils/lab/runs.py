@@ -107,11 +107,10 @@ def outdated(name: str, made_by: dict) -> str:
         return f"made by other sources: {', '.join(changed)}"
     if name not in notebooks() or notebook_hash(notebook_path(name)) != made_by["code"]:
         return "its notebook has changed since"
-    try:
-        same = "asked" not in made_by or resolve(name, made_by["asked"]) == made_by["parameters"]
-    except (AttributeError, KeyError, TypeError, ValueError):  # one of them is no parameter any more
-        same = False
-    return "" if same else "the sweep or the notebook's defaults now give other parameters"
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # one of them is no parameter any more
+        if "asked" not in made_by or resolve(name, made_by["asked"]) == made_by["parameters"]:
+            return ""
+    return "the sweep or the notebook's defaults now give other parameters"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,11 +161,9 @@ class Run:
         """Where training keeps its checkpoint of this name; gone once the run finishes."""
         return inside(self.dir / "checkpoints", name)
 
-    def record(self, required, asked=None) -> None:
+    def record(self, required, asked: dict) -> None:
         """Remember that this run used another one, which parameters it `asked` for, and whatever that one used."""
-        made_by = {key: required.manifest[key] for key in ("sources", "code")}
-        if asked is not None:
-            made_by |= {"asked": asked, "parameters": required.parameters}
+        made_by = {key: required.manifest[key] for key in ("sources", "code", "parameters")} | {"asked": asked}
         self.manifest["requires"] |= required.manifest["requires"] | {f"{required.name}/{required.id}": made_by}
         write_json(self.dir / "manifest.json", self.manifest)
 
@@ -327,11 +324,6 @@ def in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error.args[0]) if error.args else type(error).__name__
-
-
-def made_on(manifest: dict) -> str:
-    """The GPU that made a run, or the threads of the CPU: results are equal to the byte only where these are."""
-    return manifest.get("gpu") or f"CPU, threads: {manifest.get('threads')}"
 
 
 def environment() -> dict:

@@ -46,10 +46,8 @@ def parse_values(name: str, pairs) -> dict:
 
 
 def notebook_name(text: str) -> str:
-    """The name of a notebook given by name or by path; ValueError for a path outside of the notebooks' directory, or a sweep."""
+    """The name of a notebook given by name or by path; ValueError for a path outside of the notebooks' directory."""
     path = Path(text)
-    if path.suffix == ".toml":
-        raise ValueError(f"{text} is a sweep file, not a notebook: leave out `run`")
     if path.suffix == ".ipynb" and notebooks().get(path.stem) != path.resolve():
         raise ValueError(f"{text} is not in {notebooks_dir()}")
     return path.stem if path.suffix == ".ipynb" else text
@@ -142,9 +140,10 @@ def listed(name: str = "", output_dir: str = "") -> list[tuple]:
     for directory in (file.parent for file in newest):
         try:
             done = runs.run_at(directory)
-            if done.manifest["finished"]:
-                about = key_metrics(done), minutes_of(done), runs.made_on(done.manifest), done.state(), directory
-                rows.append((label(done.name, done.parameters), *about))
+            if done.manifest["finished"]:  # results are equal to the byte only where GPUs or threads are
+                made_on = done.manifest.get("gpu") or f"CPU, threads: {done.manifest.get('threads')}"
+                about = label(done.name, done.parameters), key_metrics(done), minutes_of(done), made_on
+                rows.append((*about, done.state(), directory))
         except DAMAGED as error:
             rows.append((directory.parent.name, "", "", "", f"damaged ({in_words(error)})", directory))
     return rows

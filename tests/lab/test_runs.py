@@ -40,6 +40,7 @@ def notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_UTILS_OUTPUT", str(tmp_path / "runs"))
     monkeypatch.setattr(runs, "REFERENCE", tmp_path / "reference")
     monkeypatch.setattr(runs, "_current", None)
+    monkeypatch.delenv(parameters.TIER, raising=False)
 
     def write(name="01_toy", parameters=PARAMETERS, code="x = 1"):
         cells = [nbformat.v4.new_code_cell(source) for source in (parameters, code)]
@@ -248,7 +249,7 @@ def test_a_run_is_stale_if_its_sources_or_those_of_a_required_run_or_its_noteboo
     required.finish({})
     params = defaults(notebook("02_toy"))
     run = start_run("02_toy", params)
-    run.record(required)
+    run.record(required, {})
     run.finish({})
     assert find_run("02_toy", params).stale() == ""
     assert list(run.manifest["requires"]) == [f"01_toy/{required.id}"]
