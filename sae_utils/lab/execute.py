@@ -47,16 +47,17 @@ def run(notebook: str, params=None, *, needs_saes=True, time_limit=TIME_LIMIT, t
         held = run_lock.acquire()
     with held:
         found = runs.find_run(notebook, params, needs_saes)
-        if found and (why := found.stale()):
-            kept = bool(os.environ.get(KEEP_STALE))
-            print(f"{about}: stale ({why}), {'kept' if kept else 'repeating it'}", flush=True)
-            found = found if kept else None
-        if found:
+        why = found.stale() if found else ""
+        if why and os.environ.get(KEEP_STALE):
+            print(f"{about}: stale ({why}), kept", flush=True)
             return found
+        if found and not why:
+            return found
+        now = f"{about}: stale ({why}), repeating it" if why else f"{about} is not there yet: executing it"
         if tell is None:
-            print(f"{about} is not there yet: executing it", flush=True)
+            print(now, flush=True)
         else:
-            print(f"{tell}{about}: executing it in {directory}", file=sys.stderr, flush=True)
+            print(f"{tell}{now} in {directory}", file=sys.stderr, flush=True)
         error = execute(path, executed, params, time_limit, None if tell is None else f"{tell}{about}")
         for text in warned(executed):
             warnings.warn(f"{notebook}: {text}")

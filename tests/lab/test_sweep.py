@@ -527,7 +527,9 @@ def test_a_run_says_where_it_is_executed(notebook, tmp_path, capsys):
     notebook("02_toy", "from sae_utils import require\nrequire('01_toy')")
     assert main(toml(tmp_path, "[02_toy]\nk = 4\n")) == 0
     made = find_run("02_toy", parameters.resolve("02_toy", {"k": 4}))
-    assert capsys.readouterr().err == f"[1/1] 02_toy k=4: executing it in {made.dir}\n", "a log has a line for each run"
+    assert capsys.readouterr().err == f"[1/1] 02_toy k=4 is not there yet: executing it in {made.dir}\n", (
+        "a log has a line for each run"
+    )
     (cell,) = [c for c in nbformat.read(made.dir / "notebook.ipynb", as_version=4).cells if "require(" in c.source]
     assert cell.outputs[0].text == "01_toy is not there yet: executing it\n"
 
