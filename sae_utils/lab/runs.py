@@ -307,9 +307,6 @@ def find_run(name: str, params: dict, needs_saes: bool = True) -> Run | None:
     return min(found, key=lambda run: bool(run.stale()), default=None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is said of runs, and what they say
-# ---------------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def plain_warnings():
     """Warnings as lines of a command's output, each once."""
@@ -320,10 +317,8 @@ def plain_warnings():
 
 
 def in_words(error: Exception) -> str:
-    """What an error says to a person: its message, of the system's errors with the path."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error.args[0]) if error.args else type(error).__name__
+    """What an error says to a person: its message, which a KeyError would show in quotes."""
+    return str(error.args[0]) if isinstance(error, KeyError) else str(error)
 
 
 def environment() -> dict:

@@ -53,12 +53,6 @@ def notebook_name(text: str) -> str:
     return path.stem if path.suffix == ".ipynb" else text
 
 
-def state(name: str, params: dict) -> str:
-    """`"finished"`, `"stale (why)"` or `"missing"`; the runs committed as reference count."""
-    found = runs.find_run(name, params, needs_saes=False)
-    return found.state() if found else "missing"
-
-
 def sweep(plan, engine: str = "local", gpus: float = 1.0) -> int:
     """Execute the planned runs; returns how many failed, after a table and the failures in full.
 
@@ -80,15 +74,15 @@ def sweep(plan, engine: str = "local", gpus: float = 1.0) -> int:
 def attempt(planned_run: tuple[str, str, dict]) -> tuple[str, list, list]:
     """One run of a sweep: how it went in a line, its row of the table or none, its failure or none. Raises nothing."""
     prefix, name, params = planned_run
-    start, there, row, failure = time.monotonic(), state(name, params) == "finished", [], []
+    start, row, failure = time.monotonic(), [], []
     try:
         done = run(name, params, needs_saes=False, tell=prefix)
         row = [(label(name, params), minutes_of(done), key_metrics(done), done.dir)]
     except Exception as error:
         why = in_words(error) if isinstance(error, DAMAGED) else repr(error)
         failure = [str(error) if isinstance(error, RunFailed) else f"{label(name, params)} failed: {why}"]
-    outcome = "FAILED" if failure else "found" if there else "done"
-    return f"{prefix}{label(name, params)}: {outcome}, {(time.monotonic() - start) / 60:.1f} min", row, failure
+    minutes = (time.monotonic() - start) / 60
+    return f"{prefix}{label(name, params)}: {'FAILED' if failure else 'done'}, {minutes:.1f} min", row, failure
 
 
 def on_ray(plan, gpus: float):
@@ -237,7 +231,8 @@ def run_sweep(args) -> int:
         raise ValueError(f"{args.sweep} plans no run: write a table for each notebook, such as [01_train_topk]")
     plan = plan[int(i) - 1 :: int(n)]
     os.environ[TIER] = str(Path(args.sweep).resolve())
-    states = [state(name, params) for name, params in plan]  # reads all inputs, so that mistakes show at once
+    found = [runs.find_run(*run, needs_saes=False) for run in plan]  # reads all inputs, so that mistakes show at once
+    states = [run.state() if run else "missing" for run in found]
     ready = ["finished"] + [s for s in states if args.keep_stale and s.startswith("stale")]
     shown = [(s, run) for s, run in zip(states, plan) if args.list or s not in ready]
     if args.probe and shown:
