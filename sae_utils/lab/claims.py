@@ -257,13 +257,9 @@ def collect(path=SWEEP, readme=README) -> list[dict]:
     rows = evaluate(found)
     if rows:
         write_json(home / "claims.json", rows)
-        write_text(readme, MARKED.sub(lambda m: m[1] + section(rows) + m[3], Path(readme).read_text()))
+        with replacing(readme) as new:
+            new.write_text(MARKED.sub(lambda m: m[1] + section(rows) + m[3], Path(readme).read_text()))
     return rows
-
-
-def write_text(path, text: str) -> None:
-    with replacing(path) as new:
-        new.write_text(text)
 
 
 def write_notebook(source: Path, target: Path) -> None:
@@ -277,7 +273,8 @@ def write_notebook(source: Path, target: Path) -> None:
         for key in ("papermill", "execution"):
             part["metadata"].pop(key, None)
     text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True).replace(f"{ROOT}/", "")
-    write_text(target, text + "\n")
+    with replacing(target) as new:
+        new.write_text(text + "\n")
 
 
 def with_palette(png: str) -> str:

@@ -688,6 +688,18 @@ def test_after_a_kill_only_the_unfinished_is_repeated(notebook, log, tmp_path):
     assert log() == ["01_toy 8 0", "01_toy 8 1", "01_toy 8 1", "01_toy 8 2"]
 
 
+def test_after_a_kill_the_kernel_of_a_required_run_ends_too(notebook, tmp_path):
+    pid = "import os, time\n(run.dir / 'pid').write_text(str(os.getpid()))\n"
+    notebook("01_toy", pid + "time.sleep(60)")
+    notebook("02_toy", pid + "from sae_utils import require\nrequire('01_toy')")
+    killed = command("run", "02_toy", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pids = tmp_path / "runs"
+    wait_for(lambda: len([file for file in pids.glob("*/*/pid") if file.read_text()]) == 2, seconds=60)
+    killed.kill()
+    killed.wait()
+    wait_for(lambda: not any(alive(file.read_text()) for file in pids.glob("*/*/pid")), seconds=10)
+
+
 def test_of_two_processes_that_want_a_run_one_executes_it(notebook, log):
     notebook("01_toy", "import time; time.sleep(2)")
     both = [command("run", "01_toy", stdout=subprocess.PIPE) for _ in range(2)]
