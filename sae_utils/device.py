@@ -10,19 +10,17 @@ import torch
 
 def resolve_device(device: str = "auto") -> str:
     """`"auto"` is CUDA, then MPS, then CPU; a device that is not there is a ValueError."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     n_gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    allowed = "Allowed here: 'auto', 'cpu'" + ", 'cuda'" * bool(n_gpus) + ", 'mps'" * mps + "."
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device={device!r} is no device of torch. {allowed}") from None
-    here = {"cpu": True, "mps": mps, "cuda": (wanted.index or 0) < n_gpus}
-    gpus = f"this torch sees {n_gpus or 'no'} CUDA GPU{'s' * (n_gpus > 1)}"
-    if not here.get(wanted.type):
-        reason = {"cuda": gpus, "mps": "this torch sees no Apple GPU"}.get(wanted.type, "it runs no language model")
-        raise ValueError(f"device={device!r}: {reason}. {allowed}")
+        wanted = torch.device("meta")  # which is never allowed
+    if not {"cpu": True, "mps": mps, "cuda": (wanted.index or 0) < n_gpus}.get(wanted.type):
+        allowed = "'auto', 'cpu'" + ", 'cuda'" * bool(n_gpus) + ", 'mps'" * mps
+        sees = f"this torch sees {n_gpus or 'no'} CUDA GPU{'s' * (n_gpus > 1)} and {'an' if mps else 'no'} Apple GPU"
+        raise ValueError(f"device={device!r}: {sees}. Allowed here: {allowed}.")
     return str(wanted)
 
 

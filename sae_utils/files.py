@@ -30,8 +30,8 @@ JOURNAL = ".sae_utils.new"  # in a directory: new files on their way to their pl
 MARK = b"sae_utils crc32:"  # at the end of an array's file, before the 4 bytes of its checksum
 N_TRAILER = len(MARK) + 4
 FULL = {getattr(errno, name, errno.ENOSPC) for name in ("ENOSPC", "EDQUOT", "EFBIG")}  # Windows lacks some
-DISK = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
-DISK |= {errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+DISK = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+DISK |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 def cache_dir() -> Path:
@@ -77,8 +77,7 @@ def replacing(path, need: int = 0):
     A file is renamed over the old one. Files of a directory replace those of the same names and leave others alone, all in
     one step for readers that look through `current`. A kill or an error leaves the old or the new, whole; what a killed
     process left is removed by the next call in the same directory. A symlink stays, and what it points to is replaced. Files get
-    the permissions that the umask says. An OSError of the disk names the path, the bytes it needs (`need`, or those written
-    so far) and those that are free.
+    the permissions that the umask says. An OSError of the disk names the path, the bytes it needs and those that are free.
     """
     path = Path(os.path.realpath(path))
     with disk_errors(path, need):
@@ -86,16 +85,14 @@ def replacing(path, need: int = 0):
         scratch, held = own_scratch(path)
         new = scratch / "new"
         try:
-            with disk_errors(path, need, new):
-                yield new
-                (scratch / "usual").touch()
-                mode = (scratch / "usual").stat().st_mode
-                for file in files_of(new):
-                    with open(file, "r+b") as f:
-                        os.fsync(f.fileno())
-                    if file.stat().st_mode != mode:  # safetensors lets nobody but the owner read
-                        os.chmod(file, mode & 0o777)
-                install(new, path) if new.is_dir() else os.replace(new, path)
+            yield new
+            (scratch / "usual").touch()
+            mode = (scratch / "usual").stat().st_mode
+            for file in [new] if new.is_file() else new.glob("*"):
+                with open(file, "r+b") as f:
+                    os.fsync(f.fileno())
+                os.chmod(file, mode & 0o777)  # safetensors lets nobody but the owner read
+            install(new, path) if new.is_dir() else os.replace(new, path)
         finally:
             held.release()
             shutil.rmtree(scratch, ignore_errors=True)
@@ -121,19 +118,13 @@ def own_scratch(path: Path) -> tuple[Path, FileLock]:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what dead processes left half made in a directory: nobody holds the locks of those."""
-    for left in directory.glob(f".*.*{UNFINISHED}"):
-        if not re.fullmatch(rf"\..*\.[0-9a-f]{{8}}{re.escape(UNFINISHED)}", left.name):
-            continue  # a user's own
+    for left in directory.glob(f".*.????????{UNFINISHED}"):
         with contextlib.suppress(OSError):
             if not (left / "lock").exists():
-                left.rmdir()  # killed before it had a lock, so there is nothing in it
-                continue
-            with FileLock(left / "lock", timeout=0):
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def files_of(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+                left.rmdir()  # if it is empty: killed before it had a lock; else it is a user's own
+            else:
+                with FileLock(left / "lock", timeout=0):
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -179,32 +170,28 @@ def current(directory: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def disk_errors(path, need: int = 0, written: Path | None = None):
-    """Let an error of the disk name `path`, the bytes it needs (at least those `written`) and the bytes that are free."""
+def disk_errors(path, need: int = 0):
+    """Let an error of the disk name `path`, the bytes that it needs, where that is known, and the bytes that are free."""
     path = Path(os.path.realpath(path))
     try:
         yield
     except Exception as error:
-        number = getattr(error, "errno", None)
-        if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors
-            number = int(found[1])
-        about = getattr(error, "filename", None)
-        about = Path(os.path.realpath(about)) if isinstance(about, (str, Path)) else path
+        of_safetensors = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(of_safetensors[1]) if of_safetensors else getattr(error, "errno", None)
+        about = Path(os.path.realpath(getattr(error, "filename", None) or path))
         elsewhere = path.parent not in about.parents and about not in path.parents
-        explained = isinstance(error, OSError) and error.strerror is None
-        if number not in DISK or elsewhere or explained:
+        if number not in DISK or elsewhere or getattr(error, "explained", False):
             raise
-        so_far = sum(file.stat().st_size for file in files_of(written)) if written else 0
-        free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.is_dir())).free + so_far
-        needs = f"It needs more than {in_bytes(so_far)}, and " if so_far else ""
-        if need := getattr(error, "need", need):
-            needs = f"It needs {in_bytes(need)}, and "
+        need = getattr(error, "need", need)
+        free = shutil.disk_usage(next(place for place in (path, *path.parents) if place.is_dir())).free
         kind = type(error) if isinstance(error, OSError) else OSError
-        choose = "Make room, or choose" if number in FULL else "Choose"
-        advice = f"{choose} another place: SAE_UTILS_CACHE is that of caches, SAE_UTILS_OUTPUT that of runs"
-        why = f"{os.strerror(number)}. {needs}{in_bytes(free)} are free there. {advice}"
-        message = kind(f"{path} cannot be written: {why}")
-        message.errno = number
+        message = kind(
+            f"{path} cannot be written: {os.strerror(number)}. "
+            f"{f'It needs {in_bytes(need)}, and ' if need else ''}{in_bytes(free)} are free there. "
+            f"{'Make room, or choose' if number in FULL else 'Choose'} another place: SAE_UTILS_CACHE is that of caches, "
+            f"SAE_UTILS_OUTPUT that of runs"
+        )
+        message.errno, message.explained = number, True
         raise message from error
 
 

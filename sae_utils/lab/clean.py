@@ -26,39 +26,31 @@ def idle(path: Path):
 def kind_of(directory: Path) -> str:
     """One of `KINDS` for a directory of runs."""
     try:
-        run = runs.run_at(directory)
         with idle(directory):
-            return "unfinished" if not run.manifest["finished"] else "stale" if run.stale() else "finished"
+            return runs.run_at(directory).state().partition(" (")[0]
     except Timeout:  # an OSError, as those of damaged files
         return "in progress"
     except runs.DAMAGED:
         return "damaged"
 
 
-def found(output_dir: str = "") -> dict[str, list[Path]]:
-    """{kind: what there is of it}. What a link leads to is not in these directories, and so not among it."""
-    caches, base = cache_dir().resolve(), runs.output_dir(output_dir)
-    entries = [path for kind in ("tokens", "activations") for path in sorted((caches / kind).glob("[!.]*"))]
-    of_kind = {kind: [] for kind in KINDS}
-    of_kind["caches"] = [path for path in entries if path.suffix != ".lock" and path.resolve() == path]
-    for manifest in sorted(base.glob("*/*/manifest.json")):
-        if manifest.parent.resolve() == manifest.parent:
-            of_kind[kind_of(manifest.parent)].append(manifest.parent)
-    return of_kind
-
-
 def clean(remove=(), output_dir: str = "") -> list[tuple]:
     """Remove these `REMOVABLE` kinds; the rows of a table of what there was, and what went.
 
-    A run in progress stays, and while there is one, caches stay too: it may read them.
+    A run in progress stays, and while there is one, caches stay too: it may read them. What a link leads to is left alone.
     """
-    rows, there = [("what", "number", "size", "")], found(output_dir)
-    for kind, paths in there.items():
-        taken, gone = size(*paths), 0
-        for path in paths if kind in remove and not (kind == "caches" and there["in progress"]) else ():
+    caches = [path for kind in ("tokens", "activations") for path in cache_dir().resolve().glob(f"{kind}/[!.]*")]
+    there = {"caches": [path for path in caches if path.suffix != ".lock"]}
+    for manifest in runs.output_dir(output_dir).glob("*/*/manifest.json"):
+        there.setdefault(kind_of(manifest.parent), []).append(manifest.parent)
+    rows = [("what", "number", "size", "")]
+    for kind in KINDS:
+        paths, gone = [path for path in there.get(kind, []) if path.resolve() == path], 0
+        taken = in_bytes(size(*paths))
+        for path in paths if kind in remove and not (kind == "caches" and "in progress" in there) else ():
             with contextlib.suppress(Timeout), idle(path):
                 runs.remove(path)
                 gone += 1
         said = f"{gone} removed" if gone else "kept: a run is in progress" if kind in remove and paths else ""
-        rows.append((kind, len(paths), in_bytes(taken), said))
+        rows.append((kind, len(paths), taken, said))
     return rows

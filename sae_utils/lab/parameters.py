@@ -4,12 +4,9 @@ Imports no torch, so that the sweep runner can use it.
 """
 
 import ast
-import contextlib
 import difflib
 import functools
 import itertools
-import numbers
-import operator
 import os
 import re
 import tomllib
@@ -21,11 +18,10 @@ import numpy as np
 from ..activations.model_files import find_model
 from ..code import code_hash
 from ..files import ROOT, read_json, read_table
-from ..values import is_bool, near, one_of, real, whole
+from ..values import near, real, whole
 
-TYPES = re.compile(r"(bool|int|float|str|list|dict)|list\[(bool|int|float|str)\]")
-BLOCK_HOOKS = """hook_in hook_out hook_resid_pre hook_resid_mid hook_resid_post hook_attn_in hook_attn_out hook_mlp_in hook_mlp_out
-    hook_q_input hook_k_input hook_v_input""".split()  # those of a block itself; those of its parts differ between models
+TIER = "SAE_UTILS_TIER"  # the environment variable that names the sweep in force
+TYPES = re.compile(r"(bool|int|float|str)|list\[(bool|int|float|str)\]")
 
 
 class Parameter(NamedTuple):
@@ -43,22 +39,21 @@ def notebooks_dir() -> Path:
 
 def notebooks() -> dict[str, Path]:
     """{name: file} of the chapters and, behind them, of the studies; ValueError if two have one name."""
-    files = [
-        file for part in ("", "studies") for file in sorted((notebooks_dir() / part).glob("*.ipynb")) if file.is_file()
-    ]
-    if twice := {file.stem for file in files if [other.stem for other in files].count(file.stem) > 1}:
-        raise ValueError(
-            f"{notebooks_dir()}: {', '.join(sorted(twice))} is a chapter and a study. Runs need a name for each"
-        )
-    return {file.stem: file for file in files}
+    found = {}
+    for pattern in ("*.ipynb", "studies/*.ipynb"):
+        for file in sorted(notebooks_dir().glob(pattern)):
+            if file.stem in found:
+                raise ValueError(f"{file.stem} is a chapter and a study of {notebooks_dir()}: rename one of them")
+            found[file.stem] = file
+    return found
 
 
 def notebook_path(name: str) -> Path:
-    """The file of a notebook given by its name, `"01_train_topk"` or `"02_gated"`; FileNotFoundError lists those there are."""
+    """The file of a notebook given by its name, such as `"01_train_topk"`; FileNotFoundError lists those there are."""
     found = notebooks()
     if name not in found:  # a path such as "../other" is none of them
-        directory, there = notebooks_dir(), ", ".join(found) or "no notebook"
-        raise FileNotFoundError(f"no notebook {name!r} in {directory}{near(name, found)}: it has {there}")
+        there = ", ".join(found) or "no notebook"
+        raise FileNotFoundError(f"no notebook {name!r} in {notebooks_dir()}{near(name, found)}: it has {there}")
     return found[name]
 
 
@@ -98,29 +93,23 @@ def parameters_of(path) -> dict[str, Parameter]:
 
 def type_of(value) -> str:
     if isinstance(value, list) and value:
-        kinds = {type(item) for item in value}
-        kind = float if kinds == {int, float} else next(iter(kinds)) if len(kinds) == 1 else None
-        return f"list[{kind.__name__}]" if kind in (bool, int, float, str) else "list"
+        kinds = {type_of(item) for item in value}
+        return f"list[{'float' if kinds == {'int', 'float'} else ' | '.join(sorted(kinds))}]"
     return type(value).__name__
 
 
 def checked(name, value, declared):
     """The value as papermill may pass it: numbers of NumPy become Python's, an int becomes a float where one is declared.
 
-    Raises TypeError if it has another type, ValueError for NaN, infinity and what is no text.
+    Raises TypeError if it has another type, ValueError for NaN and infinity.
     """
     kind, _, element = declared.rstrip("]").partition("[")
-    if kind == "bool" and is_bool(value):
-        value = bool(value)
-    elif kind == "int" and not is_bool(value):
-        with contextlib.suppress(TypeError):
-            value = operator.index(value)
-    elif kind == "float" and isinstance(value, numbers.Real) and not is_bool(value):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if kind == "float" and type(value) in (int, float):
         value = real(name, value)
     if type(value).__name__ != kind:
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}, but {name} is declared {declared}")
-    if kind == "str" and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f"{name}={value!r}: it has to be Unicode text without NUL")
     return [checked(f"{name}[{i}]", item, element) for i, item in enumerate(value)] if element else value
 
 
@@ -134,29 +123,9 @@ def in_range(name, value):
     return rule(name, value) if rule else value
 
 
-def not_empty(name, value) -> str:
-    if not value:
-        raise ValueError(f"{name}='': it has to be the name of a column, such as 'text'")
-    return value
-
-
-def device_form(name, value) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-        allowed = ["auto", "cpu", "cuda", "cuda:0", "mps"]
-        raise ValueError(f"{name}={value!r}{near(value, allowed)}: allowed are auto, cpu, cuda, cuda:0, ..., mps")
-    return value
-
-
-def hook_form(name, value) -> str:
-    """A hook as TransformerLens names it, `"blocks.3.hook_resid_pre"`; whether the model has it shows when it is loaded."""
-    block = re.fullmatch(r"blocks\.\d+\.(.+)", value)
-    if not re.fullmatch(r"([\w-]+\.)*hook_\w+", value) or value.startswith("blocks") and not block:
-        usual = [f"blocks.3.{hook}" for hook in BLOCK_HOOKS]
-        raise ValueError(
-            f"{name}={value!r}{near(value, usual)}: a hook is named as in 'blocks.3.hook_resid_pre' or 'blocks.0.attn.hook_z'"
-        )
-    if block and "." not in block[1]:
-        one_of(f"the last part of {name}", block[1], BLOCK_HOOKS)
+def like(name, value, pattern: str, such_as: str) -> str:
+    if not re.fullmatch(pattern, value):
+        raise ValueError(f"{name}={value!r}: it has to be such as {such_as}")
     return value
 
 
@@ -168,15 +137,17 @@ RULES = dict.fromkeys(
     "seed": functools.partial(whole, least=0, most=2**32 - 1),
     "n_ctx": functools.partial(whole, least=2),
     "batch_size": functools.partial(whole, least=2),
-    "text_field": not_empty,
     "latent": functools.partial(whole, least=-1),
     "lr": functools.partial(real, above=0),
     "coefficients": functools.partial(real, above=0),
     "beta": functools.partial(real, least=0),
     "tune_share": functools.partial(real, above=0, most=0.99),
-    "device": device_form,
-    "hook_name": hook_form,
-}
+    "text_field": functools.partial(like, pattern=".+", such_as="'text', the name of a column"),
+    "device": functools.partial(like, pattern=r"auto|cpu|mps|cuda(:\d+)?", such_as="'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"),
+    "hook_name": functools.partial(
+        like, pattern=r"(?!blocks\.\D)([\w-]+\.)*hook_\w+", such_as="'blocks.3.hook_resid_pre' or 'blocks.0.attn.hook_z'"
+    ),
+}  # fmt: skip
 
 
 def check_together(name: str, p: dict) -> dict:
@@ -192,45 +163,33 @@ def check_together(name: str, p: dict) -> dict:
     widths = {key: np.min(p[key]) for key in ("d_sae", "d_wide", "widths") if key in p}
     if widths:
         narrowest = min(widths, key=widths.get)
-        most = f"active latents per token are at most {narrowest}={p[narrowest]}"
         for key in ("k", "ks"):
-            need(key, lambda v: np.max(v) <= widths[narrowest], most)
-    need(
-        "coefficients",
-        lambda v: len(set(v)) == len(v) > 1,
-        "a sweep over them needs at least two values, all different",
-    )
-    need("widths", lambda v: len(set(v)) == len(v) > 2, "it needs at least three widths, all different")
-    shape = {} if p.get("retrain") else config_of(p.get("model", ""))
-    n_layers, n_ctx = shape.get("n_layers"), shape.get("n_ctx")
+            most = f"active latents per token are at most {narrowest}={p[narrowest]}"
+            need(key, lambda k: np.max(k) <= widths[narrowest], most)
+    for key, least in {"coefficients": 2, "widths": 3}.items():
+        need(key, lambda v: len(set(v)) == len(v) >= least, f"it needs at least {least} values, all different")
+    n_layers, n_ctx = (None, None) if p.get("retrain") else shape_of(p.get("model", ""))
     if n_layers and (found := re.match(r"blocks\.(\d+)\.", p.get("hook_name", ""))):
         need("hook_name", lambda _: int(found[1]) < n_layers, f"{p['model']} has layers 0 to {n_layers - 1}")
     if n_ctx:
         for key in ("n_tokens", "n_eval_tokens", "n_rule_tokens"):
-            need(key, lambda v: v >= n_ctx, f"less than one row of the model's context of {n_ctx} tokens")
+            need(key, lambda n: n >= n_ctx, f"less than one row of the model's context of {n_ctx} tokens")
         longest = n_ctx - p.get("n_new", 0)
         room = f"beside n_new={p.get('n_new')} the model's context has room for {longest} tokens"
-        need("n_prompt", lambda v: v <= longest, room)
+        need("n_prompt", lambda n: n <= longest, room)
         if "n_tokens" in p:
             there = p["n_tokens"] // n_ctx * (n_ctx - 1)
-            need("batch_size", lambda v: v <= there, f"n_tokens={p['n_tokens']:,} give {there:,} activations")
-    if "n_head" in p:
-        need("d_model", lambda v: v % p["n_head"] == 0, f"it has to be a multiple of n_head={p['n_head']}")
-    if name == "05_train_adaptive" and {"d_sae", "d_wide", "k"} <= set(p):
-        wide = max(p["d_sae"], p["d_wide"])
-        need("batch_size", lambda v: v * p["k"] >= wide, f"Feature Choice needs batch_size · k of at least {wide}")
+            need("batch_size", lambda n: n <= there, f"n_tokens={p['n_tokens']:,} give {there:,} activations")
     return p
 
 
-def config_of(model: str) -> dict:
-    """n_layers and n_ctx of a local model, as far as its config.json says so; of a hub name nothing."""
-    if not model or not (directory := find_model(model)):
-        return {}
-    names = dict.fromkeys(("n_layer", "num_hidden_layers", "num_layers"), "n_layers")
-    names |= dict.fromkeys(("n_positions", "max_position_embeddings"), "n_ctx")
-    config = read_table(directory / "config.json")
-    found = {names[name]: config[name] for name in reversed(names) if name in config}  # the first name counts
-    return {key: value for key, value in found.items() if type(value) is int and value > 0}
+def shape_of(model: str) -> tuple[int | None, int | None]:
+    """(layers, context) of a local model, each None where its config.json does not say it; of a hub name nothing."""
+    directory = find_model(model) if model else None
+    config = read_table(directory / "config.json") if directory else {}
+    names = ("n_layer", "num_hidden_layers", "num_layers"), ("n_positions", "max_position_embeddings")
+    n_layers, n_ctx = (next((config[key] for key in keys if config.get(key)), None) for keys in names)
+    return n_layers, n_ctx
 
 
 def declared_in(path, names) -> dict[str, Parameter]:
@@ -251,10 +210,6 @@ def check_parameters(path, params) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sweep files
 # ---------------------------------------------------------------------------------------------------------------------
-
-TIER = "SAE_UTILS_TIER"  # the environment variable that names the sweep in force
-
-
 def read_sweep(path) -> dict[str, dict]:
     """The tables of a sweep file, checked: notebooks that exist, shared names that some notebook declares."""
     try:
@@ -262,7 +217,7 @@ def read_sweep(path) -> dict[str, dict]:
     except OSError as error:
         why = "no such sweep file" if isinstance(error, FileNotFoundError) else error.strerror
         raise FileNotFoundError(f"{path}: {why}{instead_of(path)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not valid TOML: {error}{instead_of(path)}") from None
     for table, values in tables.items():
         if not isinstance(values, dict):
@@ -270,7 +225,7 @@ def read_sweep(path) -> dict[str, dict]:
         if table != "shared":
             notebook_path(table)
     shared = tables.get("shared", {})
-    names = set(tables) - {"shared"} or set(notebooks())
+    names = set(tables) - {"shared"} or notebooks()
     declared = {name for notebook in names if shared for name in parameters_of(notebook_path(notebook))}
     for name in shared:
         if name not in declared:
@@ -279,13 +234,12 @@ def read_sweep(path) -> dict[str, dict]:
 
 
 def instead_of(path) -> str:
-    """What was meant, as far as the name of what is no sweep file shows it: a notebook, or a sweep file of the repository."""
-    name = Path(path).stem
-    if found := difflib.get_close_matches(name, notebooks(), 1):
-        return f". One notebook is executed by: python -m sae_utils.sweep run {found[0]}"
-    sweeps = {} if Path(path).exists() else {file.stem: file for file in (ROOT / "sweeps").glob("*.toml")}
-    found = difflib.get_close_matches(name, sweeps, 1)
-    return f" (did you mean {os.path.relpath(sweeps[found[0]])}?)" if found else ""
+    """The command that was meant, as far as the name of what is no sweep file shows it."""
+    commands = {name: f"run {name}" for name in notebooks()}
+    if not Path(path).exists():
+        commands |= {file.stem: os.path.relpath(file) for file in (ROOT / "sweeps").glob("*.toml")}
+    found = difflib.get_close_matches(Path(path).stem, commands, 1)
+    return f". Did you mean `python -m sae_utils.sweep {commands[found[0]]}`?" if found else ""
 
 
 def combinations(tables, name: str) -> list[dict]:
@@ -293,14 +247,22 @@ def combinations(tables, name: str) -> list[dict]:
     own = tables.get(name, {})
     declared = declared_in(notebook_path(name), own)
     values = {key: value for key, value in tables.get("shared", {}).items() if key in declared} | own
-    swept = {key for key, value in values.items() if type(value) is list and not declared[key].type.startswith("list")}
-    for key in swept:
-        if not values[key]:
+    axes = []
+    for key, value in values.items():
+        swept = type(value) is list and not declared[key].type.startswith("list")
+        axes.append(value if swept else [value])
+        if not axes[-1]:
             raise ValueError(f"{name}: {key} = [] leaves nothing to run")
-        if any(value in values[key][:i] for i, value in enumerate(values[key])):
-            raise ValueError(f"{name}: {key} = {values[key]} holds a value twice: each is one run")
-    axes = [value if key in swept else [value] for key, value in values.items()]
+        if any(item in axes[-1][:i] for i, item in enumerate(axes[-1])):
+            raise ValueError(f"{name}: {key} = {value} holds a value twice: each is one run")
     return [check_parameters(notebook_path(name), dict(zip(values, point))) for point in itertools.product(*axes)]
+
+
+def planned(path) -> list[tuple[str, dict]]:
+    """(notebook, all parameters) of every run of a sweep, in order."""
+    tables = read_sweep(path)
+    points = [(name, point) for name in tables if name != "shared" for point in combinations(tables, name)]
+    return [(name, check_together(name, defaults(name) | point)) for name, point in points]
 
 
 def resolve(name: str, params: dict) -> dict:
@@ -315,10 +277,7 @@ def defaults(name: str) -> dict:
 
 
 def label(name: str, params: dict) -> str:
-    """A run in a line: the notebook and the parameters that differ from its defaults, or are none of it any more."""
-    try:
-        usual = defaults(name)
-    except FileNotFoundError:
-        usual = {}
-    changed = [f"{k}={v}" for k, v in params.items() if (k not in usual or v != usual[k]) and k != "output_dir"]
+    """A run in a line: the notebook and the parameters that differ from its defaults."""
+    usual = defaults(name) if name in notebooks() else {}
+    changed = [f"{k}={v}" for k, v in params.items() if k != "output_dir" and (k not in usual or v != usual[k])]
     return " ".join([name, *changed])

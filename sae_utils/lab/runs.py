@@ -2,7 +2,7 @@
 
 A run lives in `<output_dir>/<notebook>/<run_id>/`: `manifest.json` says how it was made and whether it `finished`,
 `metrics.json` what came out, `saes/`, `figures/` and `checkpoints/` hold the rest. `run_id` names what determines the
-result: the notebook's code, its parameters, the text and the language model. The `sae_utils` sources are not in it: the manifest
+result: the notebook's code, its parameters, the text and the language model. The Python sources are not in it: the manifest
 has a hash of every module that the run loaded, and a run made by other sources is found, and known to be *stale*.
 
 Imports no torch, so that the sweep runner can use it.
@@ -29,16 +29,24 @@ from ..activations.model_files import model_hash
 from ..activations.text import corpus_hash
 from ..code import code_hash, source_hashes
 from ..files import OUTPUTS, PACKAGE, ROOT, digest, lock, read_table, replacing, write_json
-from .parameters import check_parameters, check_together, notebook_hash, notebook_path, parameters_of, resolve
+from .parameters import (
+    check_parameters,
+    check_together,
+    notebook_hash,
+    notebook_path,
+    notebooks,
+    parameters_of,
+    resolve,
+)
 
 REFERENCE = OUTPUTS / "reference" / "runs"
-PACKAGES = ["torch", "transformer-lens", "transformers", "numpy", "sae-utils"]
+PACKAGES = ["torch", "transformer-lens", "transformers", "numpy"]
 FIGURE_DPI = 130  # a 7-inch figure fills the width of a README
 KERNEL_WAIT = 10  # seconds; the kernel of a killed sweep outlives it by one or two
 DAMAGED = (OSError, OverflowError, ValueError)  # what reading a damaged file raises
-MANIFEST = dict(  # what every manifest holds; a finished run's has also `wall_seconds`
-    notebook=str, run_id=str, parameters=dict, seed=(int, type(None)), finished=bool, requires=dict, code=str, sources=dict
-)  # fmt: skip
+MANIFEST = {  # what every manifest holds, and what is needed of each run in its `requires`
+    "notebook": str, "run_id": str, "parameters": dict, "finished": bool, "requires": dict, "code": str, "sources": dict
+}  # fmt: skip
 _current = None
 
 
@@ -66,19 +74,43 @@ def run_dir(path, params) -> Path:
 
 
 def output_dir(given: str = "") -> Path:
-    """Where runs go: the directory given, else `$SAE_UTILS_OUTPUT` (tests), else `outputs/`. `~` is the home directory.
+    """Where runs go: the directory given, else `$SAE_UTILS_OUTPUT` (tests), else `outputs/`. `~` is the home directory."""
+    return Path(given or os.environ.get("SAE_UTILS_OUTPUT") or OUTPUTS).expanduser().resolve()
 
-    ValueError if it can be no directory, since it or one above it is a file, or has no valid name.
+
+def current_hash(file: str) -> str:
+    """The hash of a source file as it is: of sae_utils, by its name there, or another one, by its path; `""` if it is gone."""
+    if file in source_hashes() or not os.path.isfile(file):
+        return source_hashes().get(file, "")
+    return code_hash(Path(file).read_text(encoding="utf-8", errors="replace"))
+
+
+def loaded_code() -> dict[str, str]:
+    """{file: hash} of the modules that this process loaded and that are not installed: those of sae_utils, and the user's own."""
+    found, not_own = [], [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, PACKAGE)]
+    for name, module in [*sys.modules.items()]:
+        file = Path(getattr(module, "__file__", None) or "").resolve()
+        if name.startswith("sae_utils."):
+            found.append(file.relative_to(PACKAGE).as_posix())
+        elif file.suffix == ".py" and file.is_file() and not re.search("(site|dist)-packages", str(file)):
+            found += [] if any(file.is_relative_to(place) for place in not_own) else [str(file)]
+    return {file: current_hash(file) for file in found}
+
+
+def outdated(name: str, made_by: dict) -> str:
+    """What of the code that made a run of notebook `name` means something else now, or `""`.
+
+    made_by: its `sources`, its `code` and, where it was required, the parameters that were `asked` for and those it had: what is
+    not asked for comes from the sweep in force, or is a default.
     """
-    base = given or os.environ.get("SAE_UTILS_OUTPUT") or OUTPUTS
-    try:
-        path = Path(base).expanduser().resolve()
-        nearest = next(place for place in (path, *path.parents) if place.exists())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"output_dir={str(base)!r} cannot be a directory: {in_words(error)}") from None
-    if not nearest.is_dir():
-        raise ValueError(f"output_dir={str(base)!r}: {nearest} is a file, but runs need a directory")
-    return path
+    if changed := [file for file, made in made_by["sources"].items() if current_hash(file) != made]:
+        return f"made by other sources: {', '.join(changed)}"
+    if name not in notebooks() or notebook_hash(notebook_path(name)) != made_by["code"]:
+        return "its notebook has changed since"
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # one of them is no parameter any more
+        if "asked" not in made_by or resolve(name, made_by["asked"]) == made_by["parameters"]:
+            return ""
+    return "the sweep or the notebook's defaults now give other parameters"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,22 +140,17 @@ class Run:
 
     def stale(self) -> str:
         """Why the run no longer is what its code would give, or `""`."""
-        if changed := changed_sources(self.manifest["sources"]):
-            return f"made by other sae_utils sources ({changed})"
-        if not same_code(self.name, self.manifest["code"]):
-            return "its notebook has changed since"
-        for file, code in self.manifest.get("own_modules", {}).items():
-            if not os.path.isfile(file) or hash_of_module(file) != code:
-                return f"{file}, which its notebook imports, has changed since"
+        if why := outdated(self.name, self.manifest):
+            return why
         for required, made_by in self.manifest["requires"].items():
-            name = required.partition("/")[0]
-            if changed := changed_sources(made_by["sources"]):
-                return f"required {required}, which other sae_utils sources made ({changed})"
-            if not same_code(name, made_by["code"]):
-                return f"required {required}, whose notebook has changed since"
-            if not asked_alike(name, made_by):
-                return f"required {required}, but the sweep or the notebook's defaults now give other parameters"
+            if why := outdated(required.partition("/")[0], made_by):
+                return f"required {required}: {why}"
         return ""
+
+    def state(self) -> str:
+        """`"unfinished"`, `"stale (why)"` or `"finished"`."""
+        why = self.manifest["finished"] and self.stale()
+        return f"stale ({why})" if why else "finished" if self.manifest["finished"] else "unfinished"
 
     def figure(self, figure, name) -> None:
         """Save a matplotlib figure as `figures/<name>.png`."""
@@ -134,13 +161,10 @@ class Run:
         """Where training keeps its checkpoint of this name; gone once the run finishes."""
         return inside(self.dir / "checkpoints", name)
 
-    def record(self, required, asked=None) -> None:
+    def record(self, required, asked: dict) -> None:
         """Remember that this run used another one, which parameters it `asked` for, and whatever that one used."""
-        made_by = {key: required.manifest[key] for key in ("sources", "code")}
-        if asked is not None:
-            made_by |= {"asked": asked, "parameters": required.parameters}
-        requires = self.manifest["requires"] | required.manifest["requires"]
-        self.manifest["requires"] = requires | {f"{required.name}/{required.id}": made_by}
+        made_by = {key: required.manifest[key] for key in ("sources", "code", "parameters")} | {"asked": asked}
+        self.manifest["requires"] |= required.manifest["requires"] | {f"{required.name}/{required.id}": made_by}
         write_json(self.dir / "manifest.json", self.manifest)
 
     def finish(self, metrics: dict) -> None:
@@ -148,12 +172,12 @@ class Run:
         if "torch" in sys.modules and not self.seeded_torch:
             raise RuntimeError("torch was imported after start_run, so the seed never reached it: import it before")
         write_json(self.dir / "metrics.json", plain(metrics))
-        ours = [Path(module.__file__) for name, module in sys.modules.items() if name.startswith("sae_utils.")]
-        loaded = {file.relative_to(PACKAGE).as_posix() for file in ours}
-        sources = {name: value for name, value in self.manifest["sources"].items() if name in loaded}
-        seconds = round(time.monotonic() - self.started, 2)
-        self.manifest |= {"finished": True, "sources": sources, "own_modules": own_modules()}
-        self.manifest |= {"wall_seconds": seconds, "peak_memory": peak_memory()}
+        self.manifest |= {
+            "finished": True,
+            "sources": loaded_code(),
+            "wall_seconds": round(time.monotonic() - self.started, 2),
+            "peak_memory": peak_memory(),
+        }
         write_json(self.dir / "manifest.json", self.manifest)
         shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)
         self.lock.release()
@@ -161,44 +185,9 @@ class Run:
 
 def inside(directory: Path, name: str) -> Path:
     """A file or directory of this name right in a directory; ValueError for a name that would lead out of it."""
-    if not isinstance(name, str) or "\0" in name or name in ("", ".", "..") or Path(name).name != name:
+    if not isinstance(name, str) or "\0" in name or name in ("", "..") or Path(name).name != name:
         raise ValueError(f"{name!r} cannot name what is saved in {directory}: it has to be one name without / in it")
-    return Path(directory) / name
-
-
-def same_code(name: str, code: str) -> bool:
-    """Whether a notebook is there and its code is the one with this hash."""
-    with contextlib.suppress(FileNotFoundError):
-        return notebook_hash(notebook_path(name)) == code
-    return False
-
-
-def asked_alike(name: str, made_by: dict) -> bool:
-    """Whether `require` would ask for the same parameters now: those not asked for come from the sweep in force, or are defaults."""
-    try:
-        return "asked" not in made_by or resolve(name, made_by["asked"]) == made_by["parameters"]
-    except (AttributeError, KeyError, TypeError, ValueError):  # one of them is no parameter any more
-        return False
-
-
-def own_modules() -> dict[str, str]:
-    """{file: hash of its code} of the modules that this process loaded and that are neither installed nor of sae_utils."""
-    files = {getattr(module, "__file__", None) or "" for module in [*sys.modules.values()]}
-    installed = re.compile("(site|dist)-packages")
-    theirs = [Path(place).resolve() for place in (sys.prefix, sys.base_prefix, PACKAGE)]
-    own = [Path(file).resolve() for file in files if file.endswith(".py") and not installed.search(file)]
-    own = [file for file in own if file.is_file() and not any(file.is_relative_to(place) for place in theirs)]
-    return {str(file): hash_of_module(file) for file in sorted(own)}
-
-
-def hash_of_module(file) -> str:
-    return code_hash(Path(file).read_text(encoding="utf-8", errors="replace"))
-
-
-def changed_sources(made_by: dict) -> str:
-    """Those of the source files that are no longer as they were, `"sae.py, lm.py"`, or `""`."""
-    now = source_hashes()
-    return ", ".join(name for name, value in made_by.items() if now.get(name) != value)
+    return directory / name
 
 
 def start_run(name: str, namespace: dict) -> Run:
@@ -254,8 +243,6 @@ def start_run(name: str, namespace: dict) -> Run:
     if before is None or before.manifest["finished"] or before.manifest["sources"] != manifest["sources"]:
         for part in ("checkpoints", "saes", "figures"):
             remove(directory / part)
-    if (directory / "manifest.json").is_dir():
-        remove(directory / "manifest.json")
     write_json(directory / "manifest.json", manifest)
     remove(directory / "metrics.json")
 
@@ -285,14 +272,10 @@ def run_at(directory) -> Run:
     path = Path(directory) / "manifest.json"
     manifest = read_table(path)
     kinds = MANIFEST | ({"wall_seconds": (int, float)} if manifest.get("finished") else {})
-    wrong = [key for key, kind in kinds.items() if key not in manifest or not isinstance(manifest[key], kind)]
-    if "parameters" not in wrong and manifest.get("seed") != manifest["parameters"].get("seed"):
-        wrong.append("seed")
-    made_by = [*manifest["requires"].values()] if "requires" not in wrong else []
-    if not all(isinstance(one, dict) and isinstance(one.get("sources"), dict) and "code" in one for one in made_by):
-        wrong.append("requires")
-    if not isinstance(manifest.get("own_modules", {}), dict):
-        wrong.append("own_modules")
+    wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    for made_by in [] if wrong else manifest["requires"].values():
+        if not isinstance(made_by, dict) or not isinstance(made_by.get("sources"), dict) or "code" not in made_by:
+            wrong = ["requires"]
     if wrong:
         raise ValueError(f"{path}: {', '.join(wrong)} missing or damaged. Delete it, and the run will be made again.")
     if (manifest["notebook"], manifest["run_id"]) != (path.parent.parent.name, path.parent.name):
@@ -313,22 +296,6 @@ def whole_run(directory) -> Run | None:
         return None
 
 
-@contextlib.contextmanager
-def plain_warnings():
-    """Warnings as lines of a command's output, each once."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("once", category=UserWarning)
-        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr, flush=True)
-        yield
-
-
-def in_words(error: Exception) -> str:
-    """What an error says to a person: its message, of the system's errors with the path."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error.args[0]) if error.args else type(error).__name__
-
-
 def find_run(name: str, params: dict, needs_saes: bool = True) -> Run | None:
     """The finished run of a notebook with all these parameters, stale or not (a fresh one first), or None.
 
@@ -340,9 +307,18 @@ def find_run(name: str, params: dict, needs_saes: bool = True) -> Run | None:
     return min(found, key=lambda run: bool(run.stale()), default=None)
 
 
-def made_on(manifest: dict) -> str:
-    """The GPU that made a run, or the threads of the CPU: results are equal to the byte only where these are."""
-    return manifest.get("gpu") or f"CPU, threads: {manifest.get('threads')}"
+@contextlib.contextmanager
+def plain_warnings():
+    """Warnings as lines of a command's output, each once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("once", category=UserWarning)
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr, flush=True)
+        yield
+
+
+def in_words(error: Exception) -> str:
+    """What an error says to a person: its message, which a KeyError would show in quotes."""
+    return str(error.args[0]) if isinstance(error, KeyError) else str(error)
 
 
 def environment() -> dict:
@@ -354,17 +330,12 @@ def environment() -> dict:
         except (OSError, subprocess.CalledProcessError):  # no git, or no repository
             return None
 
-    def version(package):
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
     torch = sys.modules.get("torch")
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": bool(git("status", "--porcelain")),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions},
         "platform": platform.platform(),
         "threads": torch.get_num_threads() if torch else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None,
@@ -376,23 +347,18 @@ def peak_memory() -> int | None:
     with contextlib.suppress(OSError):  # Linux: `getrusage` counts what the process that started this one held, too
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return 1024 * int(found[1])
-    try:
+    with contextlib.suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def plain(value, name="metrics"):
-    """What JSON can hold: scalars and arrays of NumPy and torch as Python numbers and lists, NaN and infinity as None."""
+def plain(value):
+    """Scalars and arrays of NumPy and torch as Python numbers and lists, NaN and infinity as None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
     if isinstance(value, dict):
-        return {str(key): plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
-    raise TypeError(f"{name} is of type {type(value).__name__}: metrics are numbers, strings, lists and dicts of them")
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
