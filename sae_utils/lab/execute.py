@@ -38,6 +38,9 @@ def run(notebook: str, params=None, *, needs_saes=True, time_limit=TIME_LIMIT, t
     """
     params = resolve(notebook, params or {})
     path, about = notebook_path(notebook), label(notebook, params)
+    found = runs.find_run(notebook, params, needs_saes)
+    if found and not found.stale():
+        return found
     directory = runs.run_dir(path, params)
     executed, run_lock = directory / "notebook.ipynb", lock(directory / "run")
     try:
