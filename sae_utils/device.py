@@ -9,7 +9,11 @@ import torch
 
 
 def resolve_device(device: str = "auto") -> str:
-    """`"auto"` is CUDA, then MPS, then CPU; a device that is not there is a ValueError."""
+    """`"auto"` is CUDA, then MPS, then CPU; a device that is not there is a ValueError.
+
+    >>> resolve_device("cpu")
+    'cpu'
+    """
     n_gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

@@ -92,7 +92,11 @@ class AllFound(Exception):
 
 
 def run_prefix(lm, tokens: Tensor, hook_names: list[str]) -> dict[str, Tensor]:
-    """Run the model just far enough; return the activation at each hook, [batch, n_ctx, d_in], without gradient."""
+    """Run the model just far enough; return the activation at each hook, [batch, n_ctx, d_in], without gradient.
+
+    >>> run_prefix(lm, torch.tensor([[1, 2, 3]]), ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"].shape
+    torch.Size([1, 3, 128])
+    """
     hook_names = [hook_names] if isinstance(hook_names, str) else hook_names
     for name in hook_names:
         check_name(lm, name)
@@ -118,6 +122,10 @@ def run_spliced(lm, tokens: Tensor, hook_name: str, replace, hooks=()) -> Tensor
     replace: a tensor [batch, n_ctx, d_in], or a function from the clean activation of that shape to its replacement.
     Gradients flow through the replacement if it needs them. With a tensor at a residual hook only the layers after it run.
     hooks: further pairs (name, function of activation and hook), called after the splice.
+
+    >>> hook, tokens = "blocks.1.hook_resid_post", torch.tensor([[1, 2, 3]])
+    >>> torch.allclose(run_spliced(lm, tokens, hook, lambda x: x), lm(tokens), atol=1e-4)
+    True
     """
     check_hook(lm, hook_name)
     check_tokens(lm, tokens)
@@ -205,6 +213,10 @@ def n_outputs(lm) -> int:
 
 
 def token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy in nats of each next token, [batch, n_ctx − 1]; entry p is the loss of predicting token p + 1 at position p."""
+    """Cross-entropy in nats of each next token, [batch, n_ctx − 1]; entry p is the loss of predicting token p + 1 at position p.
+
+    >>> token_loss(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))  # log 8 for each of two predictions
+    tensor([[2.0794, 2.0794]])
+    """
     log_probs = logits[:, :-1].float().log_softmax(-1)
     return -log_probs.gather(-1, tokens[:, 1:, None].long()).squeeze(-1)

@@ -73,6 +73,10 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
 
     Raises FileNotFoundError for a model that is not there, ValueError for a device or dtype that is not there, files that are
     damaged or missing, weights that do not fit, and a family that TransformerLens cannot run as transformers does.
+
+    >>> lm = load_language_model("python-lm", device="cpu")
+    >>> lm.cfg.n_layers, lm.cfg.d_model
+    (6, 128)
     """
     device = resolve_device(device)
     dtype = getattr(torch, one_of("dtype", str(dtype).removeprefix("torch."), DTYPES))

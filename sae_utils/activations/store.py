@@ -31,6 +31,10 @@ class ActivationStore:
 
     Raises before any work: ValueError for an unknown hook, rows that are no tokens of the model, or a context over the
     model's. OSError at the first batch if the disk is too small. ValueError for a stored file that is damaged.
+
+    >>> rows = np.arange(64).reshape(2, 32)
+    >>> ActivationStore(lm, rows, "blocks.1.hook_resid_post").activations(62).shape  # position 0 is left out
+    torch.Size([62, 128])
     """
 
     def __init__(

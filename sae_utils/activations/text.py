@@ -58,6 +58,9 @@ def tokens(
 
     Documents are joined by the end-of-text token and cut into rows, which start anywhere; the last partial row is dropped.
     Raises ValueError for a bad value, an empty data set or a bad file, FileNotFoundError for a data set that is not found.
+
+    >>> tokens("python-source", lm.tokenizer, n_ctx=64, n_tokens=256).shape
+    (4, 64)
     """
     source = find(dataset)
     one_of("split", split, SPLITS)
@@ -120,7 +123,11 @@ def tokens(
 
 
 def held_out(dataset, tokenizer, n_ctx: int, n_tokens: int, split: str = "test", spread: int = 16, **options):
-    """Rows for evaluation, about n_tokens, spread over many documents: `tokens` of another split, without a warning if it is small."""
+    """Rows for evaluation, about n_tokens, spread over many documents: `tokens` of another split, without a warning if it is small.
+
+    >>> held_out("python-source", lm.tokenizer, n_ctx=64, n_tokens=256).shape
+    (4, 64)
+    """
     n_tokens = max(whole("n_tokens", n_tokens, 0), whole("n_ctx", n_ctx, 2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fewer than n_tokens")

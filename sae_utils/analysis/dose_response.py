@@ -17,7 +17,11 @@ Curves = dict[str, np.ndarray]
 
 @torch.no_grad()
 def next_token(lm, contexts: Tensor, batch_rows: int = 64) -> Tensor:
-    """Mean over contexts [..., contexts, n_prompt] of the probabilities of the token that follows, [..., d_vocab]."""
+    """Mean over contexts [..., contexts, n_prompt] of the probabilities of the token that follows, [..., d_vocab].
+
+    >>> next_token(lm, torch.tensor([[1, 2, 3], [1, 2, 4]])).sum().round(decimals=4)
+    tensor(1.)
+    """
     parts = contexts.flatten(0, -2).split(batch_rows)
     p = torch.cat([lm(part.to(lm.cfg.device))[:, -1].softmax(-1) for part in parts])
     return p.unflatten(0, contexts.shape[:-1]).mean(-2)
@@ -30,6 +34,11 @@ def with_targets(lm, directions: Tensor, windows: Tensor, strength_there: Tensor
     last tokens. usual [d_vocab]: `next_token` of contexts drawn at random.
     own [n, n_own, n_prompt]: the windows where a direction is strongest. writes [n, 10]: the tokens of its largest `direct_logits`.
     follows [n, 10]: those whose probability after its own contexts exceeds the usual one most.
+
+    >>> W, windows, there = torch.eye(128)[:2], torch.arange(12).view(4, 3), torch.rand(4, 2)
+    >>> found = with_targets(lm, W, windows, there, usual=next_token(lm, windows), n_own=3)
+    >>> {name: list(value.shape) for name, value in found.items()}
+    {'directions': [2, 128], 'own': [2, 3, 3], 'writes': [2, 10], 'follows': [2, 10]}
     """
     own = windows[strength_there.topk(n_own, dim=0).indices.T.cpu()]
     writes, follows = (
@@ -46,6 +55,11 @@ def dose_response(
     contexts: tokens [n_contexts, n_prompt], or [n, n_contexts, n_prompt]. targets {name: tokens [n, n_targets]}: as in `effects`,
     measured after the context. nats: `generation_nats` of n_new tokens after n_texts of the contexts. Of shared contexts each
     direction takes the next few, so that all are used; of its own the first.
+
+    >>> W, contexts, targets = torch.eye(128)[:2], torch.arange(12).view(4, 3), {"first": torch.tensor([[5], [6]])}
+    >>> sizes = dict(scale=1.0, n_new=2, n_texts=2)
+    >>> dose_response(lm, "blocks.1.hook_resid_post", W, contexts, targets, [0, 1, 2], **sizes)["first"].shape
+    (3, 2, 4)
     """
     unit, n, n_prompt = steering.scaled(directions, 1.0), len(directions), contexts.shape[-1]
     turn = (np.arange(n)[:, None] * n_texts + np.arange(n_texts)) % len(contexts)
@@ -82,7 +96,12 @@ def useful_range(strengths, effect, nats, factor: float = 2.0) -> tuple[float, f
 
 
 def useful(curves: Curves, key: str, of_directions=None, of_contexts=None) -> tuple[float, float]:
-    """(useful effect, strength at which fluency breaks) of the mean curves; weights of directions and contexts are a resample's."""
+    """(useful effect, strength at which fluency breaks) of the mean curves; weights of directions and contexts are a resample's.
+
+    >>> effect, nats = np.array([0.0, 2.0, 4.0]), np.array([1.0, 1.0, 1.0])  # fluency never breaks
+    >>> useful({"strengths": np.arange(3), "first": effect[:, None, None], "nats": nats[:, None, None]}, "first")
+    (4.0, 2.0)
+    """
     effect = np.average(np.average(curves[key], 2, of_contexts), 1, of_directions)
     nats = np.average(curves["nats"].mean(2), 1, of_directions)
     return useful_range(curves["strengths"], effect, nats)
@@ -109,7 +128,12 @@ def interval(draws) -> dict[str, float]:
 
 
 def summary(curves: Curves, key: str, shared=True, seed=0) -> dict[str, float]:
-    """{"useful", "low", "high", "breaks at"}: the useful effect, its 95% bootstrap interval, the strength where fluency breaks."""
+    """{"useful", "low", "high", "breaks at"}: the useful effect, its 95% bootstrap interval, the strength where fluency breaks.
+
+    >>> effect, nats = np.array([0.0, 2.0, 4.0]), np.array([1.0, 1.0, 1.0])  # of one direction in one context
+    >>> summary({"strengths": np.arange(3), "first": effect[:, None, None], "nats": nats[:, None, None]}, "first")
+    {'useful': 4.0, 'low': 4.0, 'high': 4.0, 'breaks at': 2.0}
+    """
     effect, end = useful(curves, key)
     return {"useful": effect} | interval(resampled(curves, key, shared, seed)) | {"breaks at": end}
 
@@ -118,6 +142,11 @@ def verdict(a: Curves, b: Curves, key: str, shared=True, same_latents=False, see
     """Whether a has more useful effect than b: {"difference", "low", "high", "verdict"}, by the 95% bootstrap interval.
 
     "more" if it lies above 0, "less" if below, else "undecided". same_latents: both sets belong to the same latents.
+
+    >>> effect, nats = np.array([0.0, 2.0, 4.0]), np.array([1.0, 1.0, 1.0])
+    >>> a = {"strengths": np.arange(3), "first": effect[:, None, None], "nats": nats[:, None, None]}
+    >>> verdict(a, a | {"first": a["first"] / 2}, "first")["verdict"]
+    'more'
     """
     other = resampled(b, key, shared, seed, which=int(not same_latents))
     found = interval(resampled(a, key, shared, seed) - other)

@@ -104,19 +104,34 @@ def resamples(n: int, n_draws: int = 1000, seed: int = 0) -> Tensor:
 
 
 def with_interval(draws: Tensor) -> list[float]:
-    """[value, low, high] of bootstrap draws [1 + n], of which the first is the value. The interval holds 95% of the others."""
+    """[value, low, high] of bootstrap draws [1 + n], of which the first is the value. The interval holds 95% of the others.
+
+    >>> with_interval(torch.tensor([0.5, *torch.linspace(0, 1, 41)]))  # to 6 digits
+    [0.5, 0.025..., 0.975...]
+    """
     ends = torch.tensor([(1 - 0.95) / 2, (1 + 0.95) / 2], dtype=draws.dtype)
     return [float(draws[0]), *draws[1:].quantile(ends).tolist()]
 
 
 def power_law(sizes, scores: list[Scores]) -> Tensor:
-    """b of 1 − R² ∝ size^b by least squares of logarithms, [1 + n]: of all contexts, then of draws (`Scores.draws`)."""
+    """b of 1 − R² ∝ size^b by least squares of logarithms, [1 + n]: of all contexts, then of draws (`Scores.draws`).
+
+    >>> v, scores = torch.tensor([[1.0], [-1.0]]), [Scores(), Scores()]
+    >>> scores[0].add(v, v / 2), scores[1].add(v, v / 4)  # 1 − R² is 1/4, then 1/16
+    (None, None)
+    >>> round(float(power_law([1, 2], scores)[0]), 4)
+    -2.0
+    """
     log_left = torch.stack([score.draws().clamp_min(1e-30).log() for score in scores])
     return torch.from_numpy(np.polyfit(np.log(list(sizes)), log_left.numpy(), 1)[0])
 
 
 def in_batches(x: Tensor, n_ctx: int = 256, size: int = 8192) -> list[dict]:
-    """A tensor [n, d_in] as a stream; every n_ctx tokens count as a context."""
+    """A tensor [n, d_in] as a stream; every n_ctx tokens count as a context.
+
+    >>> [batch["row"].tolist() for batch in in_batches(torch.randn(5, 2), n_ctx=2, size=3)]
+    [[0, 0, 1], [1, 2]]
+    """
     row = torch.arange(len(x), device=x.device) // n_ctx
     return [{"x": part, "row": at} for part, at in zip(x.split(size), row.split(size))]
 

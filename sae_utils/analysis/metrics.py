@@ -99,6 +99,11 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
     ce_clean, ce_sae, ce_zero, ce_mean: cross-entropy with the activation left alone, replaced by x̂, by zero, by its mean over
     these tokens. ce_increase: ce_sae − ce_clean. ce_recovered_zero, ce_recovered_mean: `ce_recovered` against the two
     ablations (zero as in arXiv 2404.16014). kl: KL(orig ‖ new) of the predictions.
+
+    >>> rows = torch.arange(64).view(2, 32)
+    >>> found = evaluate(TopKSAE(128, 256, k=8), lm, rows, "blocks.1.hook_resid_post")
+    >>> math.isclose(found["ce_increase"], found["ce_sae"] - found["ce_clean"])
+    True
     """
     saes, chunks = prepared(sae, lm, rows, batch_rows)
     x = run_prefix(lm, torch.cat(chunks[:16])[:16], [hook_name])[hook_name][:, 1:].flatten(0, 1)
@@ -148,6 +153,10 @@ def evaluate_downstream(sae, lm, rows, hook_name: str, *, batch_rows: int = 16):
     downstream_fvu: {hook: Σ‖r − r_new‖² / Σ‖r − r̄‖²}, sums over positions ≥ 1 of all rows: at hook_name itself, at resid_pre of
     every later layer, and at the final resid_post.
     norm_ratio: mean over tokens of ‖x̂‖ / ‖x‖ at positions ≥ 1; norm_ratio_first: the same at position 0.
+
+    >>> rows = torch.arange(64).view(2, 32)
+    >>> list(evaluate_downstream(TopKSAE(128, 256), lm, rows, "blocks.4.hook_resid_pre")["downstream_fvu"])
+    ['blocks.4.hook_resid_pre', 'blocks.5.hook_resid_pre', 'blocks.5.hook_resid_post']
     """
     saes, chunks = prepared(sae, lm, rows, batch_rows)
     hooks = [hook_name, *later_layers(lm, hook_name), f"blocks.{lm.cfg.n_layers - 1}.hook_resid_post"]
@@ -176,6 +185,10 @@ def alive_latents(sae, batches, window: int) -> Tensor:
 
     batches: tensors [..., d_in] or batch dicts. Their number grows with the window: say which (arXiv 2405.12241: 500,000).
     Raises ValueError if the stream ends before.
+
+    >>> sae = ReluSAE(2, 2)
+    >>> alive_latents(sae, [sae.W_dec[:1].detach()], window=1)[0]
+    tensor(True)
     """
     left, fired = whole("window", window), torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_dec.device)
     for batch in batches:

@@ -90,7 +90,11 @@ METHODS = {"gradient": gradient_step, "orthogonal": least_squares}
 
 @torch.no_grad()
 def with_pursuit(sae, x: Tensor, method: str = "gradient") -> SAEOutput:
-    """The SAE's decoder with latents found by `gradient_pursuit`, for every token as many as its encoder would use."""
+    """The SAE's decoder with latents found by `gradient_pursuit`, for every token as many as its encoder would use.
+
+    >>> with_pursuit(TopKSAE(8, 32, k=2), torch.randn(5, 8)).latents.shape
+    torch.Size([5, 32])
+    """
     values, indices = gradient_pursuit(x, sae.W_dec, sae.b_dec, (sae.encode(x) > 0).sum(-1), method)
     latents = values.new_zeros(*x.shape[:-1], sae.d_sae).scatter_add_(-1, indices, values)  # unused slots add 0
     return SAEOutput(sae.decode(latents), dense=latents.flatten(0, -2))

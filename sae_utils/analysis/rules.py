@@ -28,6 +28,10 @@ def n_grams(train_rows: np.ndarray, test_rows: np.ndarray, d_vocab: int, n: int,
     """One code for each n-gram, the same in both: (of the training tokens, of the test tokens, training counts of each code).
 
     Raises ValueError for n-grams too long to number. rows [n_rows, n_ctx] give n_rows · (n_ctx − 1) codes.
+
+    >>> rows = np.array([[0, 1, 2, 1]])
+    >>> [part.tolist() for part in n_grams(rows, rows, d_vocab=3, n=1)]  # of tokens 1 2 1
+    [[0, 1, 0], [0, 1, 0], [2, 1]]
     """
     if d_vocab**n >= 2**63:
         raise ValueError(f"n={n}: n-grams of a vocabulary of {d_vocab:,} are too many to number, take fewer tokens")
@@ -73,8 +77,9 @@ def scores(predicted: np.ndarray, fired: np.ndarray) -> dict:
 
     Both are nan for a latent that never fires.
 
-    >>> scores(np.array([True, True, False, False]), np.array([True, False, False, False]))["balanced"]  # (1 + 2/3) / 2
-    0.8333333333333333
+    >>> found = scores(np.array([True, True, False, False]), np.array([True, False, False, False]))
+    >>> round(float(found["balanced"]), 4)  # (1 + 2/3) / 2
+    0.8333
     """
     if not fired.any():
         return {"f1": np.nan, "balanced": np.nan}
@@ -86,6 +91,12 @@ def judge(train_values: np.ndarray, test_values: np.ndarray, codes: dict) -> tup
     """Fit a rule for each latent, score it on the test tokens: (a row for each latent, the rules). values [n_tokens, n_latents].
 
     Columns: f1, balanced, purity, kind; train_f1, leave-one-out; another, the F1 of the rule for the next latent's firing.
+
+    >>> rows = np.array([[0, 1, 2, 1, 2, 1, 2]])
+    >>> fires = (rows[:, 1:].T == 1).astype(float)  # a latent that fires on token 1
+    >>> found, rules = judge(fires, fires, {"this token": n_grams(rows, rows, d_vocab=3, n=1)})
+    >>> float(found["f1"][0]), rules[0]["kind"]
+    (1.0, 'this token')
     """
     rules = [fit_rule(values, codes) for values in train_values.T]
     predicted, fired = [predict(rule, codes) for rule in rules], list((test_values > 0).T)
@@ -99,6 +110,10 @@ def firing_as_often(train: np.ndarray, test: np.ndarray, shares: np.ndarray) -> 
     """relu(v − θ) of projections [n_tokens, n] on directions, θ such that each fires on its share of the training tokens.
 
     A control for `judge`: a random direction that fires as often as a latent.
+
+    >>> v = np.arange(10.0)[:, None]
+    >>> [int((part > 0).sum()) for part in firing_as_often(v, v + 5, np.array([0.2]))]
+    [2, 7]
     """
     theta = np.array([np.quantile(v, 1 - share) for v, share in zip(train.T, shares)])
     return [np.maximum(v[:, : len(shares)] - theta, 0) for v in (train, test)]

@@ -31,6 +31,10 @@ class Add:
     """x + direction: `directions` [n, d_in], already at the length wanted (α · direction).
 
     An intervention acts n times at once: called with x [n or 1, contexts, positions, d_in], it returns [n, ...].
+
+    >>> Add(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))(torch.zeros(1, 1, 1, 2)).flatten(1)
+    tensor([[1., 0.],
+            [0., 2.]])
     """
 
     def __init__(self, directions: Tensor):
@@ -54,6 +58,11 @@ class SetLatent:
 
     latents: indices [n]; values: a finite number or [n], where 0 ablates. Raises ValueError for an index outside the dictionary
     or a dead latent.
+
+    >>> sae, x = TopKSAE(8, 32, k=8), torch.randn(1, 1, 1, 8)
+    >>> moved = SetLatent(sae, [0], 0.0)(x) - x  # ablation takes away the latent's own part
+    >>> torch.allclose(moved, -sae.encode(x)[..., :1] * sae.W_dec[0], atol=1e-6)
+    True
     """
 
     def __init__(self, sae, latents, values=0.0, keep_error: bool = True):
@@ -86,7 +95,11 @@ def as_directions(directions) -> Tensor:
 
 
 def scaled(directions: Tensor, norm: float) -> Tensor:
-    """Directions [n, d_in] at length `norm`; ValueError for one of length 0."""
+    """Directions [n, d_in] at length `norm`; ValueError for one of length 0.
+
+    >>> scaled(torch.tensor([[3.0, 4.0]]), norm=10)
+    tensor([[6., 8.]])
+    """
     norm, directions = real("norm", norm), as_directions(directions)
     lengths = directions.norm(dim=1, keepdim=True)
     if not (lengths > 0).all():
@@ -263,6 +276,10 @@ def latent_effects(
     rows [contexts, n_ctx] tokens; directions [n, d_in], of any length but 0; tokens [n]: each direction's own token, by default
     the first of its `direct_logits`. Returns kl and max_logit as in `effects`, own_logprob, the change of log p of the own token
     in nats, and tokens; each [n].
+
+    >>> rows, hook = torch.arange(6).view(2, 3), "blocks.1.hook_resid_post"
+    >>> {name: list(v.shape) for name, v in latent_effects(lm, rows, hook, torch.eye(128)[:4], norm=1.0).items()}
+    {'kl': [4], 'max_logit': [4], 'own_logprob': [4], 'tokens': [4]}
     """
     pushes = scaled(directions, norm).to(lm.cfg.device)
     tokens = torch.as_tensor(direct_logits(lm, pushes).argmax(-1) if tokens is None else tokens, device=lm.cfg.device)

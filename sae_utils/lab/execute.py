@@ -122,6 +122,10 @@ def require(name: str, /, needs_saes: bool = True, **params) -> Run:
     Parameters not named are the caller's where shared (`SHARED`), else those of the sweep in force, else the
     notebook's defaults. The caller's manifest records the run. With `needs_saes=False` one that is
     committed as reference, which has metrics and a manifest but no SAEs, will do.
+
+    >>> start_run("01_train_topk", defaults("01_train_topk")).finish({"fvu": 0.1})
+    >>> require("01_train_topk", needs_saes=False).metrics  # what is finished is not run again
+    {'fvu': 0.1}
     """
     caller = runs.current_run()
     declared = parameters_of(notebook_path(name))

@@ -197,6 +197,9 @@ def start_run(name: str, namespace: dict) -> Run:
     of Python, NumPy and torch are seeded, and the run's directory is made. The unfinished run of the same sources
     keeps its checkpoints, to be resumed; any other content there was is dropped.
     Raises RuntimeError if another kernel is in the middle of this very run.
+
+    >>> run = start_run("01_train_topk", defaults("01_train_topk"))
+    >>> run.finish({"fvu": 0.1})
     """
     global _current
     path = notebook_path(name)

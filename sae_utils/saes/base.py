@@ -22,7 +22,11 @@ HIGH_NORM = 5.0  # times the usual norm: beyond it a token does not count as ord
 
 @dataclass
 class SAEOutput:
-    """What a forward returns, for every architecture; `batch` is the product of x's leading axes."""
+    """What a forward returns, for every architecture; `batch` is the product of x's leading axes.
+
+    >>> TopKSAE(8, 32, k=2)(torch.randn(3, 8)).indices.shape
+    torch.Size([3, 2])
+    """
 
     x_hat: Tensor  # reconstruction, shaped like x
     values: Tensor | None = None  # active latents: [batch, k], or flat where tokens differ in number; None if dense
@@ -49,6 +53,10 @@ class SAE(nn.Module):
     `x_scale` is the standard deviation of a coordinate of x over the ordinary tokens (`high_norm`) of `train`'s first batch (0
     before). `objective` names the loss in `sae_utils.losses` that `train` takes by default.
     `tokens_since_fired` [d_sae] counts training tokens since a latent was last active; at `dead_after` it counts as dead.
+
+    >>> sae = TopKSAE(8, 32, k=2)
+    >>> {name: list(p.shape) for name, p in sae.named_parameters()}
+    {'W_enc': [8, 32], 'b_enc': [32], 'W_dec': [32, 8], 'b_dec': [8]}
     """
 
     architecture = ""  # SAELens' name for the saved form

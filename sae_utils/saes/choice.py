@@ -27,6 +27,10 @@ class MutualChoiceSAE(ReluSAE):
     k: active latents per token on average; fewer where fewer pre-activations are positive. θ is a running mean of the
     smallest latent chosen (its last 100 batches or so); `calibrate` sets it on held-out activations. `density` [d_sae] is a
     running mean of the share of tokens on which a latent is chosen. Raises ValueError for k outside 1 … d_sae.
+
+    >>> out = MutualChoiceSAE(8, 32, k=2)(torch.randn(100, 8))
+    >>> int((out.latents > 0).sum())  # k · B, shared out freely
+    200
     """
 
     architecture = "jumprelu"
@@ -93,6 +97,11 @@ class FeatureChoiceSAE(MutualChoiceSAE):
 
     Raises ValueError, naming the batch that would do, if B < d_sae / k, or if given s and q leave more than half of the latents
     with m_i < 1.
+
+    >>> sae = FeatureChoiceSAE(8, 4, k=1, s=1.0, q=0.0, warmup_tokens=0)
+    >>> _ = sae(torch.randn(25, 8))
+    >>> sae.quota.tolist()  # 25 matches as 1 : 1/2 : 1/3 : 1/4
+    [12, 6, 4, 3]
     """
 
     def __init__(
@@ -140,7 +149,11 @@ class FeatureChoiceSAE(MutualChoiceSAE):
 
 
 def zipf(n: int, s: float, q: float) -> Tensor:
-    """Shares (r + q)^(−s) / Σ of the ranks r = 1 … n, [n], float64."""
+    """Shares (r + q)^(−s) / Σ of the ranks r = 1 … n, [n], float64.
+
+    >>> [round(11 * share, 6) for share in zipf(3, s=1.0, q=0.0).tolist()]
+    [6.0, 3.0, 2.0]
+    """
     weights = (torch.arange(1, n + 1, dtype=torch.double) + q) ** -s
     return weights / weights.sum()
 
@@ -176,6 +189,10 @@ def zipf_fit(density: Tensor) -> tuple[float, float]:
 
     Rank r weighs 1/r, so that each tenfold of ranks counts alike and the many rare latents do not outvote the rest. q is
     searched on a grid of 0 and 60 values from 0.1 to the number of latents; s follows. ValueError if fewer than 3 fire.
+
+    >>> s, q = zipf_fit(zipf(100, s=1.0, q=0.0))
+    >>> round(s, 6), q
+    (1.0, 0.0)
     """
     d = density.double().cpu()
     d = d[d > 0].sort(descending=True).values.log()

@@ -45,6 +45,11 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
 
     Raises ValueError if `path` is no name of a directory, or something that is no SAE is there; if a parameter is not finite; if
     `sae.arguments` do not make the SAE again; if metadata are no JSON values. OSError if the disk cannot hold it.
+
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     _ = save_sae(TopKSAE(8, 32), directory, {"model_name": "python-lm"})
+    ...     sorted(os.listdir(directory))
+    ['cfg.json', 'sae_utils_state.safetensors', 'sae_weights.safetensors']
     """
     if not isinstance(sae, SAE):
         raise ValueError(f"sae is a {type(sae).__name__}: it has to be an SAE, not a module around one")
@@ -101,6 +106,10 @@ def load_sae(path, device: str = "cpu"):
 
     Raises FileNotFoundError if there is no SAE; ValueError (with the path) if a file is truncated, foreign, damaged or does
     not fit, if the SAE has an option that no class here can express, or if there is no such device.
+
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     load_sae(save_sae(TopKSAE(8, 32, k=2), directory))
+    TopKSAE(d_in=8, d_sae=32, k=2)
     """
     path, device, seen = Path(path).expanduser(), resolve_device(device), None
     with contextlib.suppress(OSError):

@@ -16,6 +16,9 @@ class GatedSAE(ReluSAE):
 
     W_enc is the paper's W_gate. Ablations: `tied=False` gives W_mag [d_in, d_sae] as a parameter of its own instead of r_mag;
     `rescale=False` keeps r_mag at 0.
+
+    >>> sorted(name for name, _ in GatedSAE(8, 32).named_parameters())
+    ['W_dec', 'W_enc', 'b_dec', 'b_gate', 'b_mag', 'r_mag']
     """
 
     objective = "gated_loss"

@@ -21,6 +21,10 @@ class GradientSAE(TopKSAE):
     units. Before any training batch, m is the mean of the batch at hand. Without `grad`, in `encode`, or with β = 0: plain TopK.
 
     Raises ValueError for a grad of another shape or β < 0, FloatingPointError for NaN or inf; all zeros give a UserWarning.
+
+    >>> sae, x, g = GradientSAE(8, 32, k=2), torch.randn(5, 8), torch.randn(5, 8)
+    >>> sae(x, g).indices.shape
+    torch.Size([5, 2])
     """
 
     def __init__(self, d_in: int, d_sae: int, k: int = 32, beta: float = 1.0):

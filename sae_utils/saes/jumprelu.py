@@ -15,6 +15,12 @@ class JumpReluSAE(ReluSAE):
     The inference form of gated (`to_jumprelu`) and threshold SAEs, and an architecture of its own (arXiv 2407.14435, train with
     `jumprelu_loss`): the step has no gradient, so θ gets that of a step smeared over `bandwidth`. Bandwidth, and the θ at the
     start of training, are in units of σ = √d_in · x_scale, about the root mean square of ‖x − x̄‖ (0.03 and equal: ours).
+
+    >>> sae = JumpReluSAE(1, 2).requires_grad_(False)
+    >>> _, _ = sae.W_enc.fill_(1.0), sae.threshold.fill_(0.5)
+    >>> sae.encode(torch.tensor([[0.4], [0.6]]))
+    tensor([[0.0000, 0.0000],
+            [0.6000, 0.6000]])
     """
 
     architecture = "jumprelu"
@@ -74,6 +80,10 @@ def to_jumprelu(sae: GatedSAE) -> JumpReluSAE:
 
     1[π > 0] relu(m) with m = exp(r_mag) (π − b_gate) + b_mag is m where m > θ = max(b_mag − exp(r_mag) b_gate, 0), else 0
     (the max is ours: without it a negative m would pass where the gate is open).
+
+    >>> gated, x = GatedSAE(8, 32), torch.randn(5, 8)
+    >>> torch.allclose(to_jumprelu(gated).encode(x), gated.encode(x), atol=1e-6)
+    True
     """
     if not (isinstance(sae, GatedSAE) and sae.tied):
         raise ValueError(f"{sae!r}: only a tied GatedSAE has a JumpReLU form")

@@ -10,6 +10,10 @@ class ReluSAE(SAE):
     """Keep every positive latent; sparsity comes from the L1 penalty of `l1_loss` (the baseline of arXiv 2404.16014).
 
     f = relu((x − b_dec) W_enc + b_enc),    x̂ = f W_dec + b_dec
+
+    >>> sae = ReluSAE(8, 32)
+    >>> sae.encode(sae.W_dec[:1])[0, 0].round(decimals=4)  # a token that is a latent's own direction
+    tensor(1.)
     """
 
     architecture = "standard"

@@ -13,6 +13,10 @@ class TopKSAE(SAE):
         latents = TopK(relu((x − b_dec) W_enc + b_enc)),    x̂ = latents W_dec + b_dec
 
     k: active latents per token, 1 ≤ k ≤ d_sae; fewer where fewer pre-activations are positive.
+
+    >>> sae = TopKSAE(8, 32, k=2)
+    >>> int((sae.encode(torch.randn(100, 8)) > 0).sum(1).max())
+    2
     """
 
     architecture = "topk"

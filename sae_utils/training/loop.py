@@ -83,6 +83,10 @@ def train(
     state); ValueError for settings out of range, an objective that does not fit, a stream that is empty, of another width or scale,
     without variance or with a batch of one token, a damaged checkpoint or one of another training, which says what differs. With
     a checkpoint also for what changes in an SAE or objective while it trains and is in no persistent buffer.
+
+    >>> history = train(TopKSAE(8, 32, k=2), torch.randn(4096, 8), n_steps=20, progress=False)
+    >>> bool(history["fvu"].iloc[-1] < history["fvu"].iloc[0])
+    True
     """
     jobs = as_jobs(sae, objective)
     device = next(iter(jobs.values()))[0].W_dec.device

@@ -48,6 +48,9 @@ def batch_fvu(x: Tensor, x_hat: Tensor, least: Tensor | float = 0.0) -> Tensor:
     """Σ‖x − x̂‖² / Σ‖x − mean(x)‖², sums over the batch and d_in, mean over the batch: 0 perfect, 1 no better than the mean.
 
     x, x_hat [..., d_in]. The scale of x drops out, so coefficients beside it need no units. The denominator is at least `least`.
+
+    >>> batch_fvu(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [3.0]]))  # 1 / (1 + 1)
+    tensor(0.5000)
     """
     x, x_hat = x.reshape(-1, x.shape[-1]).to(x_hat.dtype), x_hat.reshape(-1, x.shape[-1])
     variance = (x - x.mean(0)).square().sum()
@@ -100,7 +103,11 @@ def warmed(coefficient: float, warmup: float, batch: dict) -> float:
 def reconstruction_loss(
     sae, batch, alpha: float = 1 / 32, k_aux: int | None = None, distance=None, among=None
 ) -> dict[str, Tensor]:
-    """Batch FVU + α · AuxK: the loss of TopK SAEs. alpha = 0 leaves AuxK out; `among(sae)` says for which latents it is."""
+    """Batch FVU + α · AuxK: the loss of TopK SAEs. alpha = 0 leaves AuxK out; `among(sae)` says for which latents it is.
+
+    >>> sorted(reconstruction_loss(TopKSAE(8, 32, k=2), torch.randn(100, 8)))
+    ['auxk', 'fvu', 'l0', 'loss']
+    """
     real("alpha", alpha, 0), k_aux is None or whole("k_aux", k_aux)
     batch = as_batch(batch)
     x = batch["x"]
@@ -128,6 +135,9 @@ def aux_zipf_loss(
     Underused: a running density below `share` of what Zipf's law, (r + q)^(−s), expects of the latent's rank r; see
     `MutualChoiceSAE.underused`. Where every expectation is 0⁺ this is `reconstruction_loss`. At share = 1 half of the latents are
     below, and having to explain the error besides kills many of them (measured in notebook 05). For the Choice SAEs.
+
+    >>> sorted(aux_zipf_loss(MutualChoiceSAE(8, 32, k=2), torch.randn(100, 8), s=1.0, q=0.0))
+    ['auxk', 'fvu', 'l0', 'loss']
     """
     if not hasattr(sae, "underused"):
         raise ValueError(f"{type(sae).__name__} keeps no running density: aux_zipf_loss is for the Choice SAEs")
@@ -141,6 +151,10 @@ def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, distance
 
     In these units (ours) λ has no dimension: a lone latent of size f comes out as f − λσ/2, which is the shrinkage.
     λ rises over the first `warmup` share of the run.
+
+    >>> terms = l1_loss(ReluSAE(8, 32), torch.randn(100, 8), coefficient=0.5)
+    >>> torch.allclose(terms["loss"], terms["fvu"] + 0.5 * terms["l1"])
+    True
     """
     batch = as_batch(batch)
     weight = warmed(coefficient, warmup, batch)
@@ -159,6 +173,9 @@ def gated_loss(
 
     x̂_gate = relu(π) sg(W_dec) + sg(b_dec): the gate alone has to reconstruct, through a decoder that it cannot move. Its
     coefficient is 1. The b_dec by which the encoder centres x is not stopped. `frozen=False` is the ablation that stops nothing.
+
+    >>> sorted(gated_loss(GatedSAE(8, 32), torch.randn(100, 8)))
+    ['aux', 'fvu', 'l0', 'l1', 'loss']
     """
     batch, distance = as_batch(batch), distance or fvu_of(sae)
     weight = warmed(coefficient, warmup, batch)
@@ -206,6 +223,10 @@ def attribution_loss(sae, batch, alpha: float = 0.1, use_in_selection: bool = Fa
 
     Sums over the batch and d_in; both terms are over what the mean x̄ would leave, so α has no units (ours). Without AuxK.
     `use_in_selection` hands g to the SAE as well, so that selection and loss can be told apart.
+
+    >>> batch = {"x": torch.randn(100, 8), "grad": torch.randn(100, 8)}
+    >>> sorted(attribution_loss(TopKSAE(8, 32, k=2), batch))
+    ['attribution', 'fvu', 'l0', 'loss']
     """
     return weighted_by_gradient(sae, batch, alpha, use_in_selection, "attribution", 1)
 
@@ -214,6 +235,11 @@ def gradient_weighted_loss(sae, batch, alpha: float = 0.1, use_in_selection: boo
     """Batch FVU + α · Σ((x − x̂) ⊙ g)² / Σ((x − x̄) ⊙ g)²: squared errors weighted by how sensitive the loss is (ours).
 
     Reductions as in `attribution_loss`.
+
+    >>> batch = {"x": torch.randn(100, 8), "grad": torch.ones(100, 8)}
+    >>> terms = gradient_weighted_loss(TopKSAE(8, 32, k=2), batch)
+    >>> torch.allclose(terms["weighted"], terms["fvu"])  # equal gradients weigh nothing
+    True
     """
     return weighted_by_gradient(sae, batch, alpha, use_in_selection, "weighted", 2)
 
