@@ -1,6 +1,6 @@
 """Files that survive a kill and are shared by processes: paths, hashes, atomic writes, checksums, build-once.
 
-Imports no torch, so that the sweep runner can use it.
+Imports no torch before `tensors_hash` is called, so that the sweep runner can use it.
 """
 
 import contextlib
@@ -54,6 +54,17 @@ def file_hash(path, length: int = 64) -> str:
     """SHA-256 over the bytes of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:length]
+
+
+def tensors_hash(tensors: dict, about: str = "") -> str:
+    """SHA-256 over named tensors (names, types, shapes and bytes) and a text about them."""
+    import torch
+
+    sha = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def read_json(path):

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import array_writer, cache_dir, digest, disk_errors, lock, open_array, replacing
-from ..saes.files import tensors_hash
+from ..files import array_writer, cache_dir, digest, disk_errors, lock, open_array, replacing, tensors_hash
 from ..values import flag, one_of, whole
 from .hooks import check_hook, check_tokens, run_prefix, run_with_gradient
 

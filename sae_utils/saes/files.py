@@ -6,7 +6,6 @@ the very class back, bit for bit. It also holds a checksum of each file. No pick
 """
 
 import contextlib
-import hashlib
 import inspect
 import json
 import os
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import sae_utils
 
 from ..device import resolve_device
-from ..files import JOURNAL, UNFINISHED, current, digest, read_json, replacing, settle
+from ..files import JOURNAL, UNFINISHED, current, digest, read_json, replacing, settle, tensors_hash
 from .base import SAE, check_parameters
 
 WEIGHTS = {  # by SAELens architecture; an SAE of any other architecture is saved with all its parameters, and SAELens refuses it
@@ -182,15 +181,6 @@ def cfg_hash(cfg: dict) -> str:
     """Hash of what determines an SAE in cfg.json: all but the metadata that a user may edit, and the checksums."""
     ours = {key: value for key, value in cfg["metadata"]["sae_utils"].items() if key != "sha256"}
     return digest([cfg | {"metadata": None}, ours], 64)
-
-
-def tensors_hash(tensors: dict, about: str = "") -> str:
-    """SHA-256 over named tensors (names, types, shapes and bytes) and a text about them."""
-    sha = hashlib.sha256(about.encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 def check_arguments(sae) -> None:

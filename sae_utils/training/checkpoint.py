@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..code import source_hashes
-from ..files import disk_errors, replacing
-from ..saes.files import tensors_hash
+from ..files import disk_errors, replacing, tensors_hash
 
 CODE = ("training/", "saes/", "sparse/", "activations/")  # the rooms whose code trains
 
