@@ -58,7 +58,9 @@ def test_what_a_reader_imports_has_an_example():
     asked = {("sae_utils", name) for name in sae_utils.__all__} | {
         one for one in imported() if one[0].startswith(rooms)
     }
-    found = {name: getattr(importlib.import_module(module), name, None) for module, name in asked}  # None: a module
+    for name in MODULES:  # `from sae_utils.analysis import controls` names a module, an attribute once it is imported
+        importlib.import_module(name)
+    found = {name: getattr(importlib.import_module(module), name) for module, name in asked}
     callables = {name: one for name, one in found.items() if inspect.isfunction(one) or inspect.isclass(one)}
     assert len(callables) > 30
     assert not [name for name, one in sorted(callables.items()) if ">>>" not in (one.__doc__ or "")]
