@@ -1,6 +1,5 @@
 """Executing notebooks: checks, runs found and repeated, failures, kills, requirements. Real kernels, tiny notebooks."""
 
-import functools
 import itertools
 import json
 import os
@@ -84,8 +83,8 @@ def main(*argv):
 
 def command(*argv, **kwargs):
     """A sweep in a process of its own. It takes Ctrl-C also where these tests do not, as in a shell's background."""
-    heeds = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    return subprocess.Popen([sys.executable, "-m", "sae_utils.sweep", *argv], text=True, preexec_fn=heeds, **kwargs)
+    kwargs["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen([sys.executable, "-m", "sae_utils.sweep", *argv], text=True, **kwargs)
 
 
 def wait_for(condition, seconds=30):
