@@ -37,11 +37,14 @@ class SAEOutput:
     extra: dict[str, Tensor] = field(default_factory=dict)  # what only the class's own loss needs
 
     @property
+    def entries(self) -> Tensor:
+        """The values that are stored, sparse or dense: all latents that may be positive."""
+        return self.values if self.dense is None else self.dense
+
+    @property
     def latents(self) -> Tensor:
         """Dense latents [..., d_sae], made when read; `...` are x's leading axes."""
-        dense = self.dense
-        if dense is None:
-            dense = densify(self.values.flatten(), self.active)
+        dense = densify(self.values.flatten(), self.active) if self.dense is None else self.dense
         return dense.view(*self.x_hat.shape[:-1], -1)
 
 
@@ -114,7 +117,7 @@ class SAE(nn.Module):
     def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """(x − b_dec) W_enc + b_enc of some latents (indices; default all), [batch, n_latents]."""
         W_enc, b_enc = self.W_enc, self.b_enc
-        if latents is not None:  # by rows, as W_enc lies in memory, and its gradient
+        if latents is not None:  # by rows, as W_enc and its gradient lie in memory
             W_enc, b_enc = W_enc.T.index_select(0, latents).T, b_enc.index_select(0, latents)
         return pre_activations(self.rows(x), W_enc, b_enc, self.b_dec)
 

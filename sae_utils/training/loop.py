@@ -194,9 +194,11 @@ def checked(n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_
 
 
 def schedule(step: int, asked) -> float:
-    """The share of the peak rate at a step: warm-up, decay, and recovery from a resampling."""
+    """The share of the peak rate at a step: warm-up, decay, and from 0.1 up to 1 along half a cosine after a resampling."""
     rise, left = (step + 1) / max(asked.warmup, 1), (asked.n_steps - step) / max(asked.decay * asked.n_steps, 1)
-    return min(1, rise, left) * recovery(step, asked.resample, min(1000, asked.n_steps // 20))
+    n = min(1000, asked.n_steps // 20)
+    since = min((step - at for at in asked.resample if at <= step), default=n)
+    return min(1, rise, left) * (1 if since >= n else 0.55 - 0.45 * math.cos(math.pi * since / n))
 
 
 def as_jobs(sae, objective) -> dict:
@@ -287,12 +289,6 @@ def check_terms(terms, name: str) -> dict[str, Tensor]:
         )
     device = terms["loss"].device
     return {key: torch.as_tensor(value, device=device).reshape(()) for key, value in terms.items()}
-
-
-def recovery(step: int, resample_at: list[int], n: int) -> float:
-    """The factor of lr in the n steps after a resampling: from 0.1 up to 1 along half a cosine."""
-    since = min((step - at for at in resample_at if at <= step), default=n)
-    return 1 if since >= n else 0.55 - 0.45 * math.cos(math.pi * since / n)
 
 
 class Finite:

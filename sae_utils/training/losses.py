@@ -30,17 +30,16 @@ def as_batch(batch) -> dict:
     if isinstance(batch, (list, tuple)) and len(batch) == 1:
         batch = batch[0]
     batch = batch if isinstance(batch, dict) else {"x": batch}
-    arrays = {key: v for key, v in batch.items() if isinstance(v, np.ndarray) and key in ("x", "grad")}
-    for key, array in arrays.items():
-        if array.dtype.name in FLOATS:
+    for key in ("x", "grad"):
+        if isinstance(array := batch.get(key), np.ndarray) and array.dtype.name in FLOATS:
             batch = batch | {key: torch.from_numpy(array.astype(np.promote_types(array.dtype, np.float32)))}
     x = batch.get("x")
-    good = isinstance(x, Tensor) and x.is_floating_point() and x.ndim and x.numel() and x.layout == torch.strided
-    if not good:
+    if not isinstance(x, Tensor) or not (x.is_floating_point() and x.ndim and x.numel()) or x.layout != torch.strided:
         about = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
-        about += f" in the layout {x.layout}" if getattr(x, "layout", torch.strided) != torch.strided else ""
-        keys = f" (its keys are {', '.join(map(repr, batch))})" if x is None else ""
-        raise ValueError(f"x of a batch is {about}{keys}: it has to be activations in floating point, [..., d_in]")
+        raise ValueError(
+            f"x of a batch is {about} (its keys are {', '.join(map(repr, batch))}): it has to be a dense tensor [..., d_in] "
+            f"of activations in floating point"
+        )
     return batch
 
 
@@ -91,13 +90,19 @@ def spread(sae, x: Tensor) -> Tensor:
 
 def l0_of(out, n_tokens: int) -> Tensor:
     """Active latents per token."""
-    return ((out.values if out.dense is None else out.dense) > 0).sum() / n_tokens
+    return (out.entries > 0).sum() / n_tokens
 
 
-def warmed(coefficient: float, warmup: float, batch: dict) -> float:
-    """A coefficient ≥ 0 that rises linearly from 0 over the first `warmup` share of the run (ours; 0 turns it off)."""
+def opened(sae, batch, coefficient: float, warmup: float) -> tuple:
+    """What a loss with a penalty begins with: x [batch, d_in], the SAE's output, and the penalty's weight.
+
+    The coefficient ≥ 0 rises linearly from 0 over the first `warmup` share of the run (ours; 0 turns it off).
+    """
     real("coefficient", coefficient, 0), real("warmup", warmup, 0, 1)
-    return coefficient * min(1.0, batch.get("progress", 1.0) / warmup) if warmup else coefficient
+    batch = as_batch(batch)
+    x = sae.rows(batch["x"])
+    weight = coefficient * min(1.0, batch.get("progress", 1.0) / warmup) if warmup else coefficient
+    return x, sae(x), weight
 
 
 def reconstruction_loss(
@@ -139,10 +144,9 @@ def aux_zipf_loss(
     >>> sorted(aux_zipf_loss(MutualChoiceSAE(8, 32, k=2), torch.randn(100, 8), s=1.0, q=0.0))
     ['auxk', 'fvu', 'l0', 'loss']
     """
-    if not hasattr(sae, "underused"):
-        raise ValueError(f"{type(sae).__name__} keeps no running density: aux_zipf_loss is for the Choice SAEs")
     for name, value in (("s", s), ("q", q), ("share", share)):
         value is None or real(name, value, 0)
+    check_fit(sae, aux_zipf_loss)
     return reconstruction_loss(sae, batch, alpha, k_aux, distance, among=lambda sae: sae.underused(s, q, share))
 
 
@@ -156,12 +160,9 @@ def l1_loss(sae, batch, coefficient: float = 0.1, warmup: float = 0.05, distance
     >>> torch.allclose(terms["loss"], terms["fvu"] + 0.5 * terms["l1"])
     True
     """
-    batch = as_batch(batch)
-    weight = warmed(coefficient, warmup, batch)
-    x = sae.rows(batch["x"])
-    out = sae(x)
+    x, out, weight = opened(sae, batch, coefficient, warmup)
     fvu = (distance or fvu_of(sae))(x, out.x_hat)
-    l1 = (out.values if out.dense is None else out.dense).sum() / len(x) / spread(sae, x).sqrt()
+    l1 = out.entries.sum() / len(x) / spread(sae, x).sqrt()
     loss = fvu + weight * l1
     return {"loss": loss, "fvu": fvu, "l1": l1, "l0": l0_of(out, len(x))}
 
@@ -177,13 +178,10 @@ def gated_loss(
     >>> sorted(gated_loss(GatedSAE(8, 32), torch.randn(100, 8)))
     ['aux', 'fvu', 'l0', 'l1', 'loss']
     """
-    batch, distance = as_batch(batch), distance or fvu_of(sae)
-    weight = warmed(coefficient, warmup, batch)
-    x = sae.rows(batch["x"])
-    out = sae(x)
+    distance = distance or fvu_of(sae)
+    x, out, weight = opened(sae, batch, coefficient, warmup)
     gate = extra(sae, out, "gate", "gated_loss")
-    stopped = flag("frozen", frozen)
-    W_dec, b_dec = (sae.W_dec.detach(), sae.b_dec.detach()) if stopped else (sae.W_dec, sae.b_dec)
+    W_dec, b_dec = (sae.W_dec.detach(), sae.b_dec.detach()) if flag("frozen", frozen) else (sae.W_dec, sae.b_dec)
     from_gate = gate @ W_dec if out.active is None else sparse_decode(gate, out.active, W_dec)
     fvu, aux = distance(x, out.x_hat), distance(x, from_gate + b_dec)
     l1 = gate.sum() / len(x) / spread(sae, x).sqrt()
@@ -196,10 +194,7 @@ def jumprelu_loss(
 ) -> dict[str, Tensor]:
     """FVU + λ · L0, or with a target FVU + λ (L0 / target − 1)² (arXiv 2407.14435; L0 per token, its gradient the smeared step's)."""
     target_l0 is None or real("target_l0", target_l0, above=0)
-    batch = as_batch(batch)
-    weight = warmed(coefficient, warmup, batch)
-    x = sae.rows(batch["x"])
-    out = sae(x)
+    x, out, weight = opened(sae, batch, coefficient, warmup)
     fvu = (distance or fvu_of(sae))(x, out.x_hat)
     l0 = extra(sae, out, "step", "jumprelu_loss").sum(1).mean()
     penalty = l0 if target_l0 is None else (l0 / target_l0 - 1).square()
@@ -277,10 +272,6 @@ FITS = {  # a loss of ours: the own losses of the classes that it trains, and wh
 def own_objective(sae):
     """The loss of the SAE's class, as its attribute `objective` names it."""
     own = type(sae).objective  # not the instance's, which would be a method
-    if isinstance(own, str) and own not in globals():
-        raise ValueError(
-            f"{type(sae).__name__}.objective={own!r} is no loss of sae_utils.losses: give `train` an objective"
-        )
     return globals()[own] if isinstance(own, str) else own
 
 

@@ -257,5 +257,5 @@ def test_wrong_settings_are_named():
         FeatureChoiceSAE(4, 8, 2, s=1)
     with pytest.raises(ValueError, match="warmup_tokens=0.*s and q"):
         FeatureChoiceSAE(4, 8, 2, warmup_tokens=0)
-    with pytest.raises(ValueError, match="TopKSAE keeps no running density"):
+    with pytest.raises(ValueError, match="aux_zipf_loss does not fit TopKSAE, which keeps no running density"):
         aux_zipf_loss(TopKSAE(4, 8, 2), torch.randn(16, 4))

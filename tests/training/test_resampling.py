@@ -3,12 +3,13 @@
 import functools
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sae_utils import GatedSAE, ReluSAE, TopKSAE, train
-from sae_utils.training.loop import on_coefficient, recovery
+from sae_utils.training.loop import on_coefficient, schedule
 from sae_utils.training.losses import gated_loss, jumprelu_loss, l1_loss
 from sae_utils.training.optimizer import Optimizer, resample_dead
 
@@ -155,10 +156,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_at):
 
 
 def test_the_learning_rate_after_a_resampling():
-    assert [recovery(step, [10], 4) for step in (9, 10, 14)] == pytest.approx([1, 0.1, 1])
-    assert recovery(12, [10], 4) == pytest.approx(0.55)  # half way up half a cosine
-    assert recovery(11, [10], 4) == pytest.approx(0.1 + 0.9 * (1 - math.cos(math.pi / 4)) / 2)
-    assert recovery(20, [10, 18], 4) == pytest.approx(0.55) and recovery(5, [], 4) == 1
+    def recovery(step, resample):  # 80 steps: it takes 4 of them
+        return schedule(step, SimpleNamespace(n_steps=80, warmup=0, decay=0, resample=resample))
+
+    assert [recovery(step, [10]) for step in (9, 10, 14)] == pytest.approx([1, 0.1, 1])
+    assert recovery(12, [10]) == pytest.approx(0.55)  # half way up half a cosine
+    assert recovery(11, [10]) == pytest.approx(0.1 + 0.9 * (1 - math.cos(math.pi / 4)) / 2)
+    assert recovery(20, [10, 18]) == pytest.approx(0.55) and recovery(5, []) == 1
     history = run(new_sae("relu"), Stream(), CASES["relu"][1], n_steps=200, resample=(0.5,))  # 10 steps to come back
     assert history["lr"].iloc[[99, 100, 105, 110]].to_list() == pytest.approx([1e-2, 1e-3, 0.55e-2, 1e-2])
 
