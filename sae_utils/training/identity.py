@@ -27,6 +27,9 @@ from ..files import digest
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, types.EllipsisType, PurePath, enum.Enum)
 PLAIN += (torch.dtype, torch.device)
+AROUND = (functools.partial, functools.cached_property, functools._lru_cache_wrapper)  # what stands around functions
+AROUND += (property, staticmethod, classmethod, types.MethodType)
+HOLD = ("func", "args", "keywords", "__func__", "__self__", "__wrapped__", "fget", "fset", "fdel")  # what it may hold
 OF_CLASSES = {"__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "_abc_impl"}
 OF_CLASSES |= {"__firstlineno__", "__static_attributes__"}
 OF_MODULES = {"training", "dead_after", "_parameters", "_buffers", "_modules"}  # what a checkpoint holds, or weights
@@ -122,12 +125,8 @@ def stable(value, where: str, seen: dict | None = None):
         if isinstance(value, dict):
             return [kind.__name__, *([inner(k, where), inner(v, f"{k!r} in {where}")] for k, v in value.items()), *own]
         return [kind.__name__, *(inner(v, where) for v in value), *own]
-    if isinstance(value, functools.partial):
-        return ["partial", *(inner(v, where) for v in (value.func, value.args, value.keywords))]
-    if isinstance(value, (staticmethod, classmethod, types.MethodType)):
-        return [kind.__name__, inner(value.__func__, where), inner(getattr(value, "__self__", None), where)]
-    if isinstance(value, property):
-        return ["property", *(inner(v, where) for v in (value.fget, value.fset, value.fdel))]
+    if isinstance(value, AROUND):
+        return [kind.__name__, *(inner(getattr(value, name, None), where) for name in HOLD)]
     if isinstance(value, types.ModuleType):
         if not getattr(value, "__file__", None) or installed(value.__name__):
             return ["module", value.__name__]
@@ -152,8 +151,6 @@ def stable(value, where: str, seen: dict | None = None):
     if dataclasses.is_dataclass(value):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return [inner(kind, where), inner(fields | getattr(value, "__dict__", {}), where)]
-    if kind in (functools._lru_cache_wrapper, functools.cached_property):
-        return [kind.__name__, inner(value.func if kind is functools.cached_property else value.__wrapped__, where)]
     text = repr(value) if kind.__repr__ is not object.__repr__ else " at 0x"
     if re.search(r" at 0x[0-9a-f]*|\.\.\.", text):  # an address, or a text that leaves something out
         raise ValueError(
