@@ -1,7 +1,7 @@
 """SAEs that spend one budget of active latents over a whole batch: Mutual Choice and Feature Choice (arXiv 2411.02124).
 
 A batch of B tokens with k · B matches to give away: TopK gives k to every token, Feature Choice m_i to latent i (Zipf by rank of
-how often latents fire), Mutual Choice makes no rule but the total. Both read a token's place in its batch, so at inference fixed
+the demand for it), Mutual Choice makes no rule but the total. Both read a token's place in its batch, so at inference fixed
 thresholds stand in: f = z ⊙ 1[z > θ]. No public code exists; what is our reading is said where it stands.
 """
 
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..sparse.choice import feature_encode, mutual_encode
 from ..sparse.select_encode import Active, relu_encode
-from ..values import real, whole
+from ..values import one_of, real, whole
 from .base import SAEOutput
 from .relu import ReluSAE
+
+QUOTAS = ("zipf", "demand", "frozen")
 
 
 class MutualChoiceSAE(ReluSAE):
@@ -84,24 +86,29 @@ class MutualChoiceSAE(ReluSAE):
 
 
 class FeatureChoiceSAE(MutualChoiceSAE):
-    """Keep, of a batch of B tokens, the m_i on which latent i is largest; m_i falls with the latent's rank by Zipf's law.
+    """Keep, of a batch of B tokens, the m_i on which latent i is largest; m_i falls with the demand for the latent by Zipf's law.
 
-        m_i ∝ (r_i + q)^(−s), 1 ≤ m_i ≤ B, Σ m_i = k · B,    r_i = 1, 2, … by falling running density
+        m_i ∝ (r_i + q)^(−s), 1 ≤ m_i ≤ B, Σ m_i = k · B,    r_i = 1, 2, … by falling demand
         inference  latents = z ⊙ 1[z > θ_i], one θ for every latent
 
-    The paper leaves s, q, the cap and the ranks open; all of these, and m_i ≥ 1, are ours. Ranks mean nothing at first, so the first
-    `warmup_tokens` are Mutual Choice (None: as many as `dead_after`, a tenth of the run under `train`), and at their end s and
-    q, where not given, are fitted to the running density by `zipf_fit`. `law` [2] holds both (0 before), `quota` [d_sae] the m_i
-    of the latest training forward, B for all during warm-up. θ_i is a running mean of the m_i-th largest relu(z_i): 0, so that
-    any positive z is let in, for a latent whose quota is not used up.
+    `demand` [d_sae] is a running mean of the share of tokens on which Mutual Choice would choose the latent. It costs a second
+    selection, but density cannot rank latents: the quotas determine it. The paper leaves s, q, the cap and the ranks open; all
+    of these, and m_i ≥ 1, are ours. Demand means nothing at first, so the first `warmup_tokens` are Mutual Choice (None: as many
+    as `dead_after`, a tenth of the run under `train`). s and q, where not given, are fitted to the demand by `zipf_fit` then and
+    after every 32 batches more. `law` [2] holds both (0 before), `quota` [d_sae] the m_i of the latest training forward, B for
+    all during warm-up. θ_i is a running mean of the m_i-th largest relu(z_i): 0, so that any positive z is let in, for a latent
+    whose quota is not used up.
+
+    quotas: "zipf" is the above. Beside it, to compare with: "demand", m_i ∝ demand without a law (ours), and "frozen", law and
+    ranks as they are at the end of the warm-up.
 
     Raises ValueError, naming the batch that would do, if B < d_sae / k, or if given s and q leave more than half of the latents
     with m_i < 1.
 
     >>> sae = FeatureChoiceSAE(8, 4, k=1, s=1.0, q=0.0, warmup_tokens=0)
     >>> _ = sae(torch.randn(25, 8))
-    >>> sae.quota.tolist()  # 25 matches as 1 : 1/2 : 1/3 : 1/4
-    [12, 6, 4, 3]
+    >>> sorted(sae.quota.tolist())  # 25 matches as 1 : 1/2 : 1/3 : 1/4
+    [3, 4, 6, 12]
     """
 
     def __init__(
@@ -112,12 +119,16 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         s: float | None = None,
         q: float | None = None,
         warmup_tokens: int | None = None,
+        quotas: str = "zipf",
     ):
         super().__init__(d_in, d_sae, k)
         if (s is None) != (q is None):
             raise ValueError(f"s={s!r}, q={q!r}: give both, exponent and offset of Zipf's law, or both None")
         s, q = (None if value is None else real(name, value, 0) for name, value in (("s", s), ("q", q)))
         warmup_tokens = None if warmup_tokens is None else whole("warmup_tokens", warmup_tokens, 0)
+        self.quotas = one_of("quotas", quotas, QUOTAS)
+        if quotas == "demand" and s is not None:
+            raise ValueError("quotas='demand' follows no law: leave s and q at None, or use quotas='zipf'")
         if s is None and self.d_sae < 3:
             raise ValueError(f"d_sae={d_sae}: a fit of Zipf's law needs at least 3 latents, so give s and q")
         if s is None and warmup_tokens == 0:
@@ -126,26 +137,48 @@ class FeatureChoiceSAE(MutualChoiceSAE):
             )
         self.s, self.q, self.warmup_tokens = s, q, warmup_tokens
         self.register_buffer("law", torch.zeros(2, dtype=torch.double))
+        self.register_buffer("demand", torch.zeros(d_sae))
         self.register_buffer("quota", torch.zeros(d_sae, dtype=torch.long))
         self.register_buffer("warm", torch.tensor(True))
 
     def choose(self, rows: Tensor) -> tuple[Tensor, Active, Tensor]:
-        if self.training:
-            self.warm.fill_(self.tokens_seen < (self.dead_after if self.warmup_tokens is None else self.warmup_tokens))
-            given = (0.0, 0.0) if self.s is None else (self.s, self.q)  # at (0, 0) all get k · B / d_sae
-            zipf_quotas(self.k, len(rows), self.d_sae, *given)  # refuses a batch too small, in warm-up too
-            if self.warm:
-                self.quota.fill_(len(rows))
-            elif not self.law.any():
-                self.law.copy_(torch.tensor(zipf_fit(self.density) if self.s is None else given))
+        if not self.training:
+            return super().choose(rows) if self.warm else self.choose_by_quota(rows, self.quotas_for(len(rows)))
+        given = (0.0, 0.0) if self.s is None else (self.s, self.q)  # at (0, 0) all get k · B / d_sae
+        zipf_quotas(self.k, len(rows), self.d_sae, *given)  # refuses a batch too small, in warm-up too
+        was_warm = self.warm.item()
+        self.warm.fill_(self.tokens_seen < (self.dead_after if self.warmup_tokens is None else self.warmup_tokens))
         if self.warm:
-            return super().choose(rows)
-        quotas = zipf_quotas(self.k, len(rows), self.d_sae, *self.law.tolist(), check=self.s is not None)
-        quota = torch.empty_like(self.quota)
-        quota[self.density.argsort(descending=True, stable=True)] = quotas.to(quota.device)
-        if self.training:
-            self.quota.copy_(quota)
+            self.quota.fill_(len(rows))
+            found = super().choose(rows)
+            self.note_demand(found[1].indices[found[0] > 0], len(rows))
+            return found
+        if self.quotas != "frozen":
+            with torch.no_grad():
+                values, active, _ = super().choose(rows)
+            self.note_demand(active.indices[values > 0], len(rows))
+        if was_warm or (self.quotas != "frozen" and self.tokens_seen // len(rows) % 32 == 0):
+            self.law.copy_(torch.tensor(zipf_fit(self.demand) if self.s is None else given))
+        self.quota.copy_(self.quotas_for(len(rows)))
+        return self.choose_by_quota(rows, self.quota)
+
+    def choose_by_quota(self, rows: Tensor, quota: Tensor) -> tuple[Tensor, Active, Tensor]:
         return feature_encode(rows, self.W_enc, self.b_enc, self.b_dec, quota)
+
+    @torch.no_grad()
+    def note_demand(self, chosen: Tensor, n_tokens: int) -> None:
+        """Move the running demand towards that of a batch in which the batch-wide rule chose these latents."""
+        rate = max(0.01, n_tokens / (self.tokens_seen.item() + n_tokens))
+        share = torch.bincount(chosen, minlength=self.d_sae) / n_tokens
+        self.demand.lerp_(share.to(self.demand.dtype), rate)
+
+    def quotas_for(self, batch: int) -> Tensor:
+        """m_i [d_sae] for a batch of this many tokens."""
+        if self.quotas == "demand":
+            return shared_out(self.demand.double().cpu(), self.k * batch, batch).to(self.quota.device)
+        quotas = zipf_quotas(self.k, batch, self.d_sae, *self.law.tolist(), check=self.s is not None)
+        order = self.demand.argsort(descending=True, stable=True)
+        return torch.empty_like(self.quota).index_copy_(0, order, quotas.to(order.device))
 
 
 def zipf(n: int, s: float, q: float) -> Tensor:
@@ -173,11 +206,23 @@ def zipf_quotas(k: int, batch: int, n: int, s: float, q: float, check: bool = Tr
             f"one match: use batches of at least {max(least, math.ceil(n / k)):,} tokens, a larger k (now {k}), a smaller s "
             f"({s:g}), or a larger q ({q:g})"
         )
-    low, high = 0.0, batch / shares[-1].item()
+    return shared_out(shares, budget, batch)
+
+
+def shared_out(shares: Tensor, budget: int, most: int) -> Tensor:
+    """`budget` things shared out, [n]: whole numbers from 1 to `most`, as near to c · shares as these bounds allow.
+
+    Rounded by largest remainders; n ≤ budget ≤ n · most.
+
+    >>> shared_out(torch.tensor([0.7, 0.2, 0.1, 0.0]), 10, 6)
+    tensor([6, 2, 1, 1])
+    """
+    shares = shares.clamp_min(1e-12)  # what has a share of 0 gets 1, or an equal part of what the cap leaves over
+    low, high = 0.0, most / shares.min().item()
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if (middle * shares).clamp(1, batch).sum() < budget else (low, middle)
-    real = (high * shares).clamp(1, batch)
+        low, high = (middle, high) if (middle * shares).clamp(1, most).sum() < budget else (low, middle)
+    real = (high * shares).clamp(1, most)
     whole = real.floor()
     missing = int(budget - whole.sum())
     whole[(real - whole).argsort(descending=True, stable=True)[:missing]] += 1
@@ -206,3 +251,18 @@ def zipf_fit(density: Tensor) -> tuple[float, float]:
     slope = (t * y) @ weight / (t.square() @ weight)
     best = ((y - slope[:, None] * t).square() @ weight).argmin()
     return max(0.0, -slope[best].item()), q[best].item()
+
+
+def zipf_error(density: Tensor, s: float, q: float) -> float:
+    """Root mean square of log(density / law) over the latents that fire, rank r weighted by 1/r as in `zipf_fit`; 0.1 is about 10%.
+
+    The law, c (r + q)^(−s), has the c that fits best.
+
+    >>> zipf_error(2 * zipf(100, s=1.0, q=3.0), 1.0, 3.0) < 1e-9
+    True
+    """
+    d = density.double().cpu()
+    d = d[d > 0].sort(descending=True).values.log()
+    r = torch.arange(1, len(d) + 1, dtype=torch.double)
+    off, weight = d + s * (r + q).log(), (1 / r) / (1 / r).sum()
+    return ((off - off @ weight).square() @ weight).sqrt().item()

@@ -1,10 +1,12 @@
 """Mutual Choice and Feature Choice: selection against the dense form, budgets, thresholds, the loss for underused latents."""
 
+import math
+
 import pytest
 import torch
 
 from sae_utils import FeatureChoiceSAE, MutualChoiceSAE, TopKSAE, load_sae, save_sae, train
-from sae_utils.saes.choice import zipf, zipf_fit, zipf_quotas
+from sae_utils.saes.choice import shared_out, zipf, zipf_error, zipf_fit, zipf_quotas
 from sae_utils.sparse import select_encode as sparse
 from sae_utils.sparse.choice import feature_encode, mutual_encode
 from sae_utils.training.losses import aux_zipf_loss, reconstruction_loss
@@ -115,25 +117,68 @@ def test_a_batch_too_small_is_refused_before_the_law_is_known():
         FeatureChoiceSAE(4, 50, 2)(torch.randn(24, 4))
 
 
-def test_quota_is_the_batch_in_warm_up_and_afterwards_no_batch_exceeds_it():
+@pytest.mark.parametrize("quotas", ["zipf", "demand", "frozen"])
+def test_quota_is_the_batch_in_warm_up_and_afterwards_no_batch_exceeds_it(quotas):
     torch.manual_seed(0)
-    sae = FeatureChoiceSAE(16, 64, 4, warmup_tokens=300)  # the law is fitted at its end
+    sae = FeatureChoiceSAE(16, 64, 4, warmup_tokens=300, quotas=quotas)
     mutual = MutualChoiceSAE(16, 64, 4)
     mutual.load_state_dict(sae.state_dict(), strict=False)
-    laws = []
     for n in range(8):
         x = torch.randn(100, 16)
         out = sae(x)
         if n < 3:
             assert (sae.quota == 100).all()
             assert torch.equal(out.latents, mutual(x).latents), "warm-up is Mutual Choice"
+            assert torch.equal(sae.demand, mutual.density)
             continue
-        laws.append(sae.law.clone())
-        assert torch.equal(sae.law, laws[0]) and sae.law[0] > 0, "fitted once"
         fired = (out.latents > 0).sum(0)
         assert sae.quota.sum() == 400 and (fired <= sae.quota).all() and (fired > 0).all()
-    order = sae.density.argsort(descending=True)
-    assert sae.quota[order[:8]].float().mean() > sae.quota[order[-8:]].float().mean()
+        assert quotas == "demand" or sae.law[0] > 0
+        if quotas != "frozen":
+            mutual(x)
+            torch.testing.assert_close(sae.demand, mutual.density)
+    order = sae.demand.argsort(descending=True, stable=True)
+    assert (sae.quota[order].diff() <= (1 if quotas == "demand" else 0)).all(), "the more demand, the larger the quota"
+
+
+@pytest.mark.parametrize("quotas, follows", [("zipf", True), ("demand", True), ("frozen", False)])
+def test_after_warm_up_quotas_follow_the_demand_unless_they_are_frozen(quotas, follows):
+    """The data change after the warm-up: what was rare becomes common."""
+    torch.manual_seed(0)
+    sae = FeatureChoiceSAE(8, 8, 2, warmup_tokens=1000, quotas=quotas)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(8)), sae.W_dec.copy_(torch.eye(8))
+    common = torch.logspace(0, -2, 8)  # the first is on most often
+
+    def batch(shares):
+        return (torch.rand(200, 8) < shares) * (1 + torch.rand(200, 8))
+
+    for _ in range(6):
+        sae(batch(common))
+    ranks, law = sae.quota.argsort(descending=True), sae.law.clone()
+    assert ranks[:3].tolist() == [0, 1, 2]
+    for _ in range(100):
+        sae(batch(common.flip(0)))
+    assert (sae.quota.argsort(descending=True)[:3].tolist() == [7, 6, 5]) == follows
+    assert torch.equal(sae.law, law) == (not follows), "the law is fitted again as training goes on"
+    assert sae.quota.sum() == 400
+
+
+def test_shares_are_handed_out_by_hand():
+    assert shared_out(torch.tensor([0.5, 0.3, 0.2]), 10, 10).tolist() == [5, 3, 2]
+    assert shared_out(torch.tensor([0.5, 0.3, 0.2]), 10, 4).tolist() == [4, 4, 2]  # 3.6, 2.4 of the 6 left: 4 and 2
+    assert shared_out(torch.tensor([1.0, 0.0]), 5, 5).tolist() == [4, 1]
+    assert shared_out(torch.tensor([1.0, 0.0, 0.0]), 8, 4).tolist() == [4, 2, 2], (
+        "what the cap leaves goes to all others"
+    )
+
+
+def test_the_error_of_the_law_by_hand():
+    # log densities 0 and −1 under a flat law: weights 2/3 and 1/3, mean −1/3, mean square of the rest 2/9
+    assert zipf_error(torch.tensor([1.0, math.exp(-1), 0.0]), 0.0, 0.0) == pytest.approx((2 / 9) ** 0.5)
+    density = torch.rand(200)
+    s, q = zipf_fit(density)
+    assert zipf_error(density, s, q) < min(zipf_error(density, s * 1.2, q), zipf_error(density, s, 3 * q + 1))
 
 
 @pytest.mark.parametrize("cls", BOTH)
@@ -257,5 +302,9 @@ def test_wrong_settings_are_named():
         FeatureChoiceSAE(4, 8, 2, s=1)
     with pytest.raises(ValueError, match="warmup_tokens=0.*s and q"):
         FeatureChoiceSAE(4, 8, 2, warmup_tokens=0)
+    with pytest.raises(ValueError, match="quotas='rank'.*'zipf'.*'demand'.*'frozen'"):
+        FeatureChoiceSAE(4, 8, 2, quotas="rank")
+    with pytest.raises(ValueError, match="quotas='demand'.*s and q"):
+        FeatureChoiceSAE(4, 8, 2, s=1, q=0, quotas="demand")
     with pytest.raises(ValueError, match="aux_zipf_loss does not fit TopKSAE, which keeps no running density"):
         aux_zipf_loss(TopKSAE(4, 8, 2), torch.randn(16, 4))
