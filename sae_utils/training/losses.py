@@ -272,6 +272,10 @@ FITS = {  # a loss of ours: the own losses of the classes that it trains, and wh
 def own_objective(sae):
     """The loss of the SAE's class, as its attribute `objective` names it."""
     own = type(sae).objective  # not the instance's, which would be a method
+    if isinstance(own, str) and own not in globals():
+        raise ValueError(
+            f"{type(sae).__name__}.objective={own!r} is no loss of sae_utils.losses: give `train` an objective"
+        )
     return globals()[own] if isinstance(own, str) else own
 
 
