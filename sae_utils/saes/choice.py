@@ -52,12 +52,18 @@ class MutualChoiceSAE(ReluSAE):
             return self.output(x, *relu_encode(rows, *weights, self.threshold))
         values, active, smallest = self.choose(rows)
         with torch.no_grad():
-            self.tokens_seen += len(rows)
-            rate = max(0.01, len(rows) / self.tokens_seen.item())
-            chosen = torch.bincount(active.indices[values > 0], minlength=self.d_sae)
-            self.density.lerp_((chosen / len(rows)).to(self.density.dtype), rate)
+            rate = self.follow(self.density, values, active, len(rows))
             self.threshold.lerp_(smallest.to(self.threshold.dtype).expand(self.d_sae), rate)
+            self.tokens_seen += len(rows)
         return self.output(x, values, active)
+
+    @torch.no_grad()
+    def follow(self, running: Tensor, values: Tensor, active: Active, batch: int) -> float:
+        """Move a running mean towards the share of a batch's tokens on which each latent is chosen; returns by how much."""
+        rate = max(0.01, batch / (self.tokens_seen.item() + batch))
+        chosen = torch.bincount(active.indices[values > 0], minlength=self.d_sae)
+        running.lerp_((chosen / batch).to(running.dtype), rate)
+        return rate
 
     def choose(self, rows: Tensor) -> tuple[Tensor, Active, Tensor]:
         """The batch's latents by the training rule: values, where they are, and the smallest, of all or of every latent."""
@@ -142,35 +148,25 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         self.register_buffer("warm", torch.tensor(True))
 
     def choose(self, rows: Tensor) -> tuple[Tensor, Active, Tensor]:
-        if not self.training:
-            return super().choose(rows) if self.warm else self.choose_by_quota(rows, self.quotas_for(len(rows)))
-        given = (0.0, 0.0) if self.s is None else (self.s, self.q)  # at (0, 0) all get k · B / d_sae
-        zipf_quotas(self.k, len(rows), self.d_sae, *given)  # refuses a batch too small, in warm-up too
-        was_warm = self.warm.item()
-        self.warm.fill_(self.tokens_seen < (self.dead_after if self.warmup_tokens is None else self.warmup_tokens))
-        if self.warm:
-            self.quota.fill_(len(rows))
-            found = super().choose(rows)
-            self.note_demand(found[1].indices[found[0] > 0], len(rows))
-            return found
-        if self.quotas != "frozen":
-            with torch.no_grad():
-                values, active, _ = super().choose(rows)
-            self.note_demand(active.indices[values > 0], len(rows))
-        if was_warm or (self.quotas != "frozen" and self.tokens_seen // len(rows) % 32 == 0):
-            self.law.copy_(torch.tensor(zipf_fit(self.demand) if self.s is None else given))
-        self.quota.copy_(self.quotas_for(len(rows)))
-        return self.choose_by_quota(rows, self.quota)
-
-    def choose_by_quota(self, rows: Tensor, quota: Tensor) -> tuple[Tensor, Active, Tensor]:
+        if not self.training and self.warm:
+            return super().choose(rows)
+        if self.training:
+            given = (0.0, 0.0) if self.s is None else (self.s, self.q)  # at (0, 0) all get k · B / d_sae
+            zipf_quotas(self.k, len(rows), self.d_sae, *given)  # refuses a batch too small, in warm-up too
+            was_warm = self.warm.item()
+            self.warm.fill_(self.tokens_seen < (self.dead_after if self.warmup_tokens is None else self.warmup_tokens))
+            if self.warm or self.quotas != "frozen":
+                found = super().choose(rows)
+                self.follow(self.demand, *found[:2], len(rows))
+            if self.warm:
+                self.quota.fill_(len(rows))
+                return found
+            if was_warm or (self.quotas != "frozen" and self.tokens_seen // len(rows) % 32 == 0):
+                self.law.copy_(torch.tensor(zipf_fit(self.demand) if self.s is None else given))
+        quota = self.quotas_for(len(rows))
+        if self.training:
+            self.quota.copy_(quota)
         return feature_encode(rows, self.W_enc, self.b_enc, self.b_dec, quota)
-
-    @torch.no_grad()
-    def note_demand(self, chosen: Tensor, n_tokens: int) -> None:
-        """Move the running demand towards that of a batch in which the batch-wide rule chose these latents."""
-        rate = max(0.01, n_tokens / (self.tokens_seen.item() + n_tokens))
-        share = torch.bincount(chosen, minlength=self.d_sae) / n_tokens
-        self.demand.lerp_(share.to(self.demand.dtype), rate)
 
     def quotas_for(self, batch: int) -> Tensor:
         """m_i [d_sae] for a batch of this many tokens."""

@@ -34,12 +34,12 @@ def as_batch(batch) -> dict:
         if isinstance(array := batch.get(key), np.ndarray) and array.dtype.name in FLOATS:
             batch = batch | {key: torch.from_numpy(array.astype(np.promote_types(array.dtype, np.float32)))}
     x = batch.get("x")
-    if not isinstance(x, Tensor) or not (x.is_floating_point() and x.ndim and x.numel()) or x.layout != torch.strided:
+    good = isinstance(x, Tensor) and x.is_floating_point() and x.ndim and x.numel() and x.layout == torch.strided
+    if not good:
         about = f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
-        raise ValueError(
-            f"x of a batch is {about} (its keys are {', '.join(map(repr, batch))}): it has to be a dense tensor [..., d_in] "
-            f"of activations in floating point"
-        )
+        about += f" in the layout {x.layout}" if getattr(x, "layout", torch.strided) != torch.strided else ""
+        keys = f" (its keys are {', '.join(map(repr, batch))})" if x is None else ""
+        raise ValueError(f"x of a batch is {about}{keys}: it has to be activations in floating point, [..., d_in]")
     return batch
 
 
@@ -146,7 +146,7 @@ def aux_zipf_loss(
     """
     for name, value in (("s", s), ("q", q), ("share", share)):
         value is None or real(name, value, 0)
-    check_fit(sae, aux_zipf_loss)
+    check_density(sae)
     return reconstruction_loss(sae, batch, alpha, k_aux, distance, among=lambda sae: sae.underused(s, q, share))
 
 
@@ -299,5 +299,12 @@ def check_fit(sae, objective) -> None:
     fits, why = FITS.get(name, ((), ""))
     if fits and forward.__module__.startswith("sae_utils.") and type(sae).objective not in fits:
         raise ValueError(f"{name} does not fit {own}: {why}. Use {type(sae).objective}, or leave objective out")
-    if name == "aux_zipf_loss" and not hasattr(sae, "underused"):
+    if name == "aux_zipf_loss":
+        check_density(sae)
+
+
+def check_density(sae) -> None:
+    """ValueError for an SAE without the running density that `aux_zipf_loss` reads."""
+    if not hasattr(sae, "underused"):
+        own = type(sae).__name__
         raise ValueError(f"aux_zipf_loss does not fit {own}, which keeps no running density: it is for the Choice SAEs")
