@@ -156,6 +156,9 @@ class SAE(nn.Module):
             self.b_dec.copy_(rows.mean(0))
             self.initialised.fill_(True)
 
+    def before_step(self) -> None:
+        """What has to happen between the clipping of the gradient and the optimizer's step: nothing, but for `free_norm`."""
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Put the parameters back where they belong: rows of W_dec at norm 1."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..activations.hooks import AllFound, check_hook, check_tokens, later_layers, splice
 from ..activations.store import weights_hash
-from ..values import real
+from ..values import flag, real
 from .losses import batch_fvu, fvu_of, own_objective
 
 AT_ONCE = 2**24  # entries of [tokens, d_vocab] that exist at a time: 64 MiB in fp32
@@ -155,18 +155,22 @@ class KLOrigNew(torch.autograd.Function):
 
 
 def e2e_loss(
-    sae, batch, *, suffix: Suffix, local=None, kl: float = 1.0, beta: float = 0.0, mse: float = 0.0
+    sae, batch, *, suffix: Suffix, local=None, kl: float = 1.0, beta: float = 0.0, mse: float = 0.0, balanced=False
 ) -> dict[str, Tensor]:
     """`local` with KL(orig ‖ new) in place of the batch FVU (arXiv 2405.12241): what else `local` has, sparsity say, stays.
 
     batch: whole rows, x [rows, n_ctx, d_in] and tokens; the SAE sees positions ≥ 1. `local` is the objective of the SAE's class
     if None, else one that fits it: `reconstruction_loss` (TopK: KL + α AuxK), `l1_loss` (ReLU), `jumprelu_loss`, `gated_loss` (whose gate alone then has to
     preserve the predictions, too, in a second spliced run), settings bound by `functools.partial`.
-    kl, beta, mse: weights as at the top of this module. Fine-tuning (arXiv 2503.17272) is a second `train` with mse > 0.
+    kl, beta, mse: weights as at the top of this module. Fine-tuning (arXiv 2503.17272) is a second `train` with mse > 0, or with
+    `balanced`: ½ (FVU + sg(FVU / KL) · KL), in which both count alike in every batch. It has the size of the FVU, so that
+    penalties and α stay as they were (our reading of that paper's dynamic balance). It takes the place of the three weights.
     Returns the terms of `local`, kl, fvu and, with beta, downstream (a mean over the later layers).
     """
     for name, weight in (("kl", kl), ("beta", beta), ("mse", mse)):
         real(name, weight, 0)
+    if flag("balanced", balanced) and (kl, beta, mse) != (1.0, 0.0, 0.0):
+        raise ValueError("balanced=True weighs KL and FVU itself: leave kl, beta and mse at their defaults")
     local = local or own_objective(sae)
     clean = suffix.clean(batch)
     if beta and not suffix.later:
@@ -176,8 +180,11 @@ def e2e_loss(
     def distance(x: Tensor, x_hat: Tensor) -> Tensor:
         spliced = torch.cat([clean.x[:, :1].to(x_hat.dtype), x_hat.view(len(clean.x), -1, sae.d_in)], 1)
         last, later = suffix.run(clean.tokens, spliced, suffix.later if beta else [])
-        terms = {"kl": suffix.kl(clean, last), "fvu": fvu_of(sae)(x, x_hat if mse else x_hat.detach())}
+        terms = {"kl": suffix.kl(clean, last), "fvu": fvu_of(sae)(x, x_hat if mse or balanced else x_hat.detach())}
         total = kl * terms["kl"]
+        if balanced:
+            share = (terms["fvu"] / terms["kl"].clamp_min(1e-6)).detach()
+            total = (terms["fvu"] + share * terms["kl"]) / 2
         if mse:
             total = total + mse * terms["fvu"]
         if beta:

@@ -42,6 +42,8 @@ def train(
     seed: int = 0,
     warmup: int | None = None,
     decay: float = 0.2,
+    cosine: bool = False,
+    final_lr: float = 0.0,
     clip: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.999),
     bf16: bool = False,
@@ -59,7 +61,8 @@ def train(
     a tensor, a NumPy array or a memory map [n, d_in], of which one batch at a time is read and converted, or an ActivationStore.
     objective: (sae, batch) → dict of scalars with "loss". None is the own loss of the SAE's class.
     lr: Adam's peak rate; None applies the width rule 2e-4/√(d_sae/2¹⁴). It warms up over `warmup` steps (default
-    min(1,000, 5% of n_steps)), stays, and falls linearly to 0 over the last `decay` share of the steps (ours).
+    min(1,000, 5% of n_steps)), stays, and falls to `final_lr` × the peak over the last `decay` share of the steps (ours): along
+    a line, or along half a `cosine`. So decay=1, cosine=True, final_lr=0.1 is the schedule of arXiv 2405.12241.
     clip: largest gradient norm, per SAE, with biases in units of x. bf16: products in bfloat16 (autocast), where the hardware has
     them; otherwise exact fp32.
     resample: shares of the run, (0.25, 0.5) say, at which dead latents begin anew by `resample_dead`; after each lr rises again
@@ -90,7 +93,8 @@ def train(
     """
     jobs = as_jobs(sae, objective)
     device = next(iter(jobs.values()))[0].W_dec.device
-    asked = checked(n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_norm_above, batch_size, device)
+    shape = {"decay": decay, "cosine": cosine, "final_lr": final_lr}
+    asked = checked(n_steps, lr, seed, warmup, shape, clip, betas, bf16, resample, skip_norm_above, batch_size, device)
     flag("progress", progress)
     n_steps, log_every = asked.n_steps, max(1, asked.n_steps // 200)
     save_every = log_every * math.ceil(whole("checkpoint_every", checkpoint_every) / log_every)
@@ -173,12 +177,13 @@ def train(
     return pd.DataFrame(history)
 
 
-def checked(n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_norm_above, batch_size, device):
+def checked(n_steps, lr, seed, warmup, shape, clip, betas, bf16, resample, skip_norm_above, batch_size, device):
     """The settings of `train`, each in its range, as a checkpoint knows them; ValueError, naming it, for one that is not."""
     n_steps, seed = whole("n_steps", n_steps), whole("seed", seed, 0, 2**32 - 1)
     lr = None if lr is None else real("lr", lr, above=0)
     warmup = min(1000, n_steps // 20) if warmup is None else whole("warmup", warmup, 0)
-    decay, clip = real("decay", decay, 0, 1), real("clip", clip, above=0)
+    shape = {name: flag(name, value) if name == "cosine" else real(name, value, 0, 1) for name, value in shape.items()}
+    clip = real("clip", clip, above=0)
     if not isinstance(betas, (Sequence, np.ndarray)) or isinstance(betas, str) or len(betas) != 2:
         raise ValueError(f"betas={betas!r}: Adam's two rates of decay, as in (0.9, 0.999)")
     betas = tuple(real("betas", beta, 0, 1 - 1e-12) for beta in betas)
@@ -189,13 +194,18 @@ def checked(n_steps, lr, seed, warmup, decay, clip, betas, bf16, resample, skip_
     if flag("bf16", bf16) and not bf16_is_fast(device.type):
         warnings.warn(f"bf16=True: this {device.type} has no fast products in bfloat16, so fp32 is computed instead")
         bf16 = False
-    settings = dict(n_steps=n_steps, lr=lr, seed=seed, warmup=warmup, decay=decay, clip=clip, betas=betas, bf16=bf16)
-    return SimpleNamespace(**settings, resample=resample, skip_norm_above=skip_norm_above, batch_size=batch_size)
+    settings = dict(n_steps=n_steps, lr=lr, seed=seed, warmup=warmup, clip=clip, betas=betas, bf16=bf16)
+    return SimpleNamespace(
+        **settings, **shape, resample=resample, skip_norm_above=skip_norm_above, batch_size=batch_size
+    )
 
 
 def schedule(step: int, asked) -> float:
     """The share of the peak rate at a step: warm-up, decay, and from 0.1 up to 1 along half a cosine after a resampling."""
     rise, left = (step + 1) / max(asked.warmup, 1), (asked.n_steps - step) / max(asked.decay * asked.n_steps, 1)
+    if asked.cosine:
+        left = 0.5 - 0.5 * math.cos(math.pi * min(1, left))
+    left = asked.final_lr + (1 - asked.final_lr) * left
     n = min(1000, asked.n_steps // 20)
     since = min((step - at for at in asked.resample if at <= step), default=n)
     return min(1, rise, left) * (1 if since >= n else 0.55 - 0.45 * math.cos(math.pi * since / n))

@@ -110,6 +110,9 @@ def reconstruction_loss(
 ) -> dict[str, Tensor]:
     """Batch FVU + α · AuxK: the loss of TopK SAEs. alpha = 0 leaves AuxK out; `among(sae)` says for which latents it is.
 
+    AuxK is a share of the squared error. Beside another `distance` it is multiplied by sg(distance / FVU), so that it has the
+    same part in the loss as beside the FVU (ours): a KL may be a tenth of the FVU or ten times as much.
+
     >>> sorted(reconstruction_loss(TopKSAE(8, 32, k=2), torch.randn(100, 8)))
     ['auxk', 'fvu', 'l0', 'loss']
     """
@@ -121,7 +124,8 @@ def reconstruction_loss(
     terms = {"loss": fvu, "fvu": fvu, "l0": l0_of(out, x.numel() // sae.d_in)}
     if alpha:
         terms["auxk"] = auxk_loss(sae, x, out.x_hat, k_aux, among and among(sae))
-        terms["loss"] = fvu + alpha * terms["auxk"]
+        unit = (fvu / fvu_of(sae)(x, out.x_hat).clamp_min(1e-6)).detach() if distance else 1.0
+        terms["loss"] = fvu + alpha * unit * terms["auxk"]
     return terms
 
 

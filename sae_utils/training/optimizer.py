@@ -46,6 +46,7 @@ class Optimizer:
                 leaf.grad = p.grad.T
         weights, scaled = self.adam.param_groups
         weights["lr"], scaled["lr"] = lr, lr * x_scale
+        self.sae.before_step()
         self.adam.step()
         self.sae.after_step()
 

@@ -1,11 +1,13 @@
 """Architectures: values by hand, counters, refusals."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
-from sae_utils import TopKSAE, train
+from sae_utils import ReluSAE, TopKSAE, load_sae, save_sae, train
+from sae_utils.training.losses import l1_loss
 
 
 def by_hand(k=1):
@@ -104,3 +106,40 @@ def test_recovers_a_planted_dictionary():
     best = (truth @ sae.W_dec.T).max(dim=1).values
     assert (best > 0.9).float().mean() > 0.9, f"only {(best > 0.9).float().mean():.0%} of the directions were found"
     assert history["fvu"].iloc[-1] < 0.15
+
+
+def test_a_decoder_of_free_norm_is_one_normalised_inside_the_forward(tmp_path):
+    """60 steps of Adam on V with W_dec = V / ‖V‖ in a forward of its own give the same SAE."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 64, 8)
+    sae = ReluSAE(8, 24, free_norm=True)
+    b_dec = x[0].mean(0)
+    W, b, V, c = (p.detach().clone().requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec, b_dec))
+    settings = {"lr": 1e-2, "n_steps": 60, "warmup": 0, "decay": 0, "clip": 1e9, "progress": False}
+    objective = partial(l1_loss, coefficient=0.5, warmup=0)
+    train(sae, list(x), objective, **settings)
+    scale = sae.x_scale.item()
+    adam = torch.optim.Adam([{"params": [W, V]}, {"params": [b, c], "lr": 1e-2 * scale}], lr=1e-2)
+    for batch in x:
+        D = V / V.norm(dim=1, keepdim=True)
+        f = ((batch - c) @ W + b).relu()
+        sigma = (batch - batch.mean(0)).square().sum(1).mean()
+        loss = (batch - f @ D - c).square().sum(1).mean() / sigma + 0.5 * f.sum(1).mean() / sigma.sqrt()
+        adam.zero_grad()
+        loss.backward()
+        for bias in (b, c):
+            bias.grad *= scale
+        adam.step()
+    norm = V.detach().norm(dim=1)
+    torch.testing.assert_close(sae.decoder_norm, norm, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sae.W_dec.detach(), V.detach() / norm[:, None], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(sae.W_enc.detach(), W.detach(), rtol=1e-2, atol=1e-3)
+    assert (norm - 1).abs().max() > 0.1 and not ReluSAE(8, 24).state_dict().keys() & {"decoder_norm"}
+    loaded = load_sae(save_sae(sae, tmp_path / "sae"))
+    assert loaded.free_norm and torch.equal(loaded.decoder_norm, sae.decoder_norm)
+    torch.manual_seed(0)
+    plain = ReluSAE(8, 24)
+    train(plain, list(x), objective, **settings)
+    assert not torch.allclose(plain.W_dec, sae.W_dec, atol=1e-3), "the norm plays a part"
+    with pytest.raises(ValueError, match="free_norm='yes': it has to be True or False"):
+        ReluSAE(8, 24, free_norm="yes")

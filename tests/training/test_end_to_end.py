@@ -117,6 +117,8 @@ def test_an_architecture_keeps_its_own_terms(cls, local, settings, tiny_gpt2):
     assert terms["fvu"].item() == pytest.approx(alone["fvu"].item(), rel=1e-4)
     assert terms["l0"] == alone["l0"]
     expected = alone["loss"] - alone["fvu"] + kl
+    if cls is TopKSAE:  # AuxK keeps its part in the loss
+        expected = kl + (alone["loss"] - alone["fvu"]) * kl / alone["fvu"]
     if cls is GatedSAE:
         from_gate = out.extra["gate"].relu() @ sae.W_dec + sae.b_dec
         expected = expected - alone["aux"] + whole(tiny_gpt2, batch, from_gate.view(x.shape))[0]
@@ -128,6 +130,25 @@ def test_an_architecture_keeps_its_own_terms(cls, local, settings, tiny_gpt2):
     assert e2e_loss(sae, batch, suffix=Suffix(tiny_gpt2, HOOK)).keys() == terms.keys(), (
         "its own is what it takes by itself"
     )
+
+
+@pytest.mark.parametrize("cls, local, settings", ARCHITECTURES)
+def test_balanced_weighs_kl_and_fvu_alike(cls, local, settings, tiny_gpt2):
+    """½ (FVU + sg(FVU / KL) KL): the size of the FVU, and half the gradient of each, the KL's in units of the FVU."""
+    batch, sae = batch_of(tiny_gpt2), sae_for(tiny_gpt2, cls)
+    own = functools.partial(local, **settings)
+    x, parameters = batch["x"][:, 1:], [sae.W_enc, sae.W_dec]
+    terms = e2e_loss(sae, batch, suffix=Suffix(tiny_gpt2, HOOK), local=own, balanced=True)
+    alone = own(sae, x)
+    assert terms["loss"].item() == pytest.approx(alone["loss"].item(), rel=1e-4)
+    if cls is GatedSAE:  # whose gate is balanced by a ratio of its own
+        return
+    x_hat = sae(x).x_hat
+    fvu, (kl, _) = batch_fvu(x, x_hat), whole(tiny_gpt2, batch, x_hat)
+    expected = alone["loss"] - alone["fvu"] + (fvu + (fvu / kl).detach() * kl) / 2
+    gradients = torch.autograd.grad(terms["loss"], parameters)
+    for gradient, oracle in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradient, oracle, rtol=1e-3, atol=1e-6)
 
 
 def test_x_itself_costs_nothing_and_position_0_stays_clean(tiny_gpt2):
@@ -279,6 +300,11 @@ def test_errors_say_what_to_do(tiny_gpt2, model_directories):
     for wrong in ({"x": batch["x"]}, {"x": batch["x"][:, 1:], "tokens": batch["tokens"]}, batch | {"x": batch["x"][0]}):
         with pytest.raises(ValueError, match="whole_rows=True"):
             e2e_loss(sae, wrong, suffix=suffix)
+    for settings in ({"mse": 1.0}, {"kl": 0.5}, {"beta": 1.0}):
+        with pytest.raises(ValueError, match="leave kl, beta and mse at their defaults"):
+            e2e_loss(sae, batch, suffix=suffix, balanced=True, **settings)
+    with pytest.raises(ValueError, match="balanced='yes': it has to be True or False"):
+        e2e_loss(sae, batch, suffix=suffix, balanced="yes")
     with pytest.raises(ValueError, match="no layer's resid_pre comes after blocks.2.hook_resid_pre"):
         e2e_downstream_loss(
             sae, batch_of(tiny_gpt2, "blocks.2.hook_resid_pre"), suffix=Suffix(tiny_gpt2, "blocks.2.hook_resid_pre")

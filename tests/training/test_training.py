@@ -322,6 +322,17 @@ def test_learning_rate_rule_and_schedule():
     assert rates[0] == pytest.approx(peak / 5)  # step 1 of a warm-up of 5
     assert rates[4] == rates[50] == pytest.approx(peak)
     assert rates[89] == pytest.approx(peak * 11 / 20) and rates[99] == pytest.approx(peak / 20)
+    # from 1 to 0.1 along half a cosine over the whole run: at its middle (step 50 of 100) 0.55
+    settings = {"n_steps": 100, "lr": 1.0, "warmup": 0, "decay": 1, "final_lr": 0.1}
+    cosine = run(new_sae(d_sae=64), Stream(), cosine=True, **settings)["lr"].to_numpy()
+    assert (
+        cosine[0] == pytest.approx(1)
+        and cosine[50] == pytest.approx(0.55)
+        and cosine[99] == pytest.approx(0.1, abs=1e-3)
+    )
+    assert cosine[25] == pytest.approx(0.1 + 0.9 * (0.5 + 0.5**1.5))  # cos 45° = 1/√2
+    line = run(new_sae(d_sae=64), Stream(), **settings)["lr"].to_numpy()
+    assert line[25] == pytest.approx(0.1 + 0.9 * 0.75)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +341,8 @@ def test_learning_rate_rule_and_schedule():
         *({"n_steps": value} for value in (0, 1e2, True, "9")),
         *({"lr": value} for value in (-1.0, 0, float("nan"), "1e-3", True)),
         *({"decay": value} for value in (2, "0.2", None)),
+        *({"cosine": value} for value in (1, "yes", None)),
+        *({"final_lr": value} for value in (-0.1, 1.1, "0", None)),
         *({"clip": value} for value in (0, -1, None, "1")),
         *({"resample": value} for value in (0.5, "0.5", (0.5, "a"), (True,))),
         *({"betas": value} for value in (0.9, (0.9,), (0.9, 1.0), (-0.1, 0.9), ("a", "b"))),
