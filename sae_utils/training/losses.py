@@ -10,12 +10,14 @@ with 1% of the SAE's usual variance, `x_scale`² a coordinate, would have (ours)
 
 import functools
 import inspect
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..sparse.select_encode import sparse_decode
+from ..sparse.select_encode import Active, sparse_decode
 from ..values import flag, real, whole
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -201,6 +203,57 @@ def jumprelu_loss(
     return {"loss": fvu + weight * penalty, "fvu": fvu, "l0": l0}
 
 
+def nested_loss(sae, batch, *, prefixes: Sequence[int], local=None) -> dict[str, Tensor]:
+    """`local` with a mean over nested prefixes of the latents in place of its FVU: a Matryoshka SAE (arXiv 2503.17547).
+
+        1/|prefixes| · Σ_m FVU(x, b_dec + Σ_{i < m} f_i W_dec_i),    m in prefixes, and what else `local` has, once
+
+    prefixes: widths m that rise, each from 1 to d_sae and the last d_sae; ValueError for others. The mean, where the paper has a
+    sum, leaves the weight of AuxK or of a penalty as it is (ours). The paper takes a few nested widths, and Mutual Choice.
+    local: the objective of the SAE's class if None, else one that fits it, its settings bound by `functools.partial`. What
+    the gate of a gated SAE reconstructs alone is not nested.
+    Returns the terms of `local`, where fvu is that of all latents, and fvu_m of each shorter prefix. Each active latent is decoded
+    once more than without prefixes, whatever their number.
+
+    >>> terms = nested_loss(MutualChoiceSAE(8, 32, k=2), torch.randn(100, 8), prefixes=(4, 16, 32))
+    >>> sorted(terms)
+    ['auxk', 'fvu', 'fvu_16', 'fvu_4', 'l0', 'loss']
+    """
+    widths = [0, *(whole("prefixes", m, 1, sae.d_sae) for m in prefixes)]
+    sizes = [m - before for before, m in itertools.pairwise(widths)]
+    if widths[-1] != sae.d_sae or min(sizes) < 1:
+        raise ValueError(
+            f"prefixes={prefixes!r}: they have to rise, and the last has to be d_sae={sae.d_sae}, so that all latents count"
+        )
+    outputs, fvus = [], {}
+
+    def distance(x: Tensor, x_hat: Tensor) -> Tensor:
+        if fvus:  # a second call is an auxiliary one
+            return fvu_of(sae)(x, x_hat)
+        (out,), x_hat = outputs, sae.b_dec
+        for start, m, W_dec in zip(widths, widths[1:], sae.W_dec.split(sizes)):
+            if (active := out.active) is None:
+                part = out.dense[:, start:m] @ W_dec
+            else:
+                kept = (start <= active.indices) & (active.indices < m)
+                token, indices = active.token[kept], active.indices[kept] - start
+                block = Active.by_token(token, indices, len(active.offsets) - 1, m - start)
+                part = sparse_decode(out.values.flatten()[kept], block, W_dec)
+            x_hat = x_hat + part
+            fvus[f"fvu_{m}"] = fvu_of(sae)(x, x_hat)
+        return sum(fvus.values()) / len(fvus)
+
+    def keep(sae, args, out) -> None:
+        outputs.append(out)
+
+    hook = sae.register_forward_hook(keep)  # `distance` is given x̂ alone
+    try:
+        terms = (local or own_objective(sae))(sae, batch, distance=distance)
+    finally:
+        hook.remove()
+    return terms | {"fvu": fvus.pop(f"fvu_{sae.d_sae}")} | fvus
+
+
 def extra(sae, out, name: str, objective: str) -> Tensor:
     """What a class's forward has to give for the loss of its own; ValueError if it does not."""
     if name not in out.extra:
@@ -287,13 +340,11 @@ def check_fit(sae, objective) -> None:
     if not str(getattr(func, "__module__", "")).startswith("sae_utils."):
         return
     name, own = func.__name__, type(sae).__name__
-    if "suffix" in inspect.signature(func).parameters and settings.get("local") is not None:
+    if settings.get("local") is not None:
         try:
             inspect.signature(settings["local"]).bind_partial(distance=None)
         except TypeError:
-            raise ValueError(
-                f"local={settings['local']!r}: an end-to-end objective needs one with a `distance`"
-            ) from None
+            raise ValueError(f"local={settings['local']!r}: {func.__name__} needs one with a `distance`") from None
         return check_fit(sae, settings["local"])
     forward = next(cls for cls in type(sae).__mro__ if "forward" in vars(cls))
     fits, why = FITS.get(name, ((), ""))
