@@ -235,10 +235,10 @@ def nested_loss(sae, batch, *, prefixes: Sequence[int], local=None) -> dict[str,
             if (active := out.active) is None:
                 part = out.dense[:, start:m] @ W_dec
             else:
-                kept = (start <= active.indices) & (active.indices < m)
+                kept = ((start <= active.indices) & (active.indices < m)).nonzero().squeeze(1)
                 token, indices = active.token[kept], active.indices[kept] - start
                 block = Active.by_token(token, indices, len(active.offsets) - 1, m - start)
-                part = sparse_decode(out.values.flatten()[kept], block, W_dec)
+                part = sparse_decode(out.values.flatten().index_select(0, kept), block, W_dec)
             x_hat = x_hat + part
             fvus[f"fvu_{m}"] = fvu_of(sae)(x, x_hat)
         return sum(fvus.values()) / len(fvus)

@@ -108,6 +108,17 @@ def test_stopped_after_n_steps_is_the_whole_run_there_and_goes_on(tmp_path, n):
             run(new_sae(), Stream(), stop_after=n, **settings)
 
 
+def test_a_stopped_run_ends_in_a_row_and_in_a_checkpoint(tmp_path):
+    """Of 400 steps every second has a row, so that step 23 has one only as the last."""
+    whole, stopped = new_sae(), new_sae()
+    history = run(stopped, Stream(), n_steps=400, stop_after=23, checkpoint=tmp_path / "training")
+    assert history["step"].to_list() == [*range(2, 23, 2), 23]
+    again = run(new_sae(), Stream(), n_steps=400, stop_after=23, checkpoint=tmp_path / "training")
+    assert history.equals(again), "nothing is left to do"
+    longer = run(resumed := new_sae(), Stream(), n_steps=400, checkpoint=tmp_path / "training")
+    assert len(longer) == len(run(whole, Stream(), n_steps=400)) + 1 and same_bits(whole, resumed)
+
+
 @pytest.mark.parametrize("n", [0, 61, 2.5])
 def test_stop_after_out_of_range(n):
     with pytest.raises(ValueError, match="stop_after=.*whole number from 1 to 60"):
