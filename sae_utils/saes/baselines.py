@@ -1,8 +1,8 @@
 """Baselines to put beside any SAE: directions that never learn.
 
-Trained SAEs are hardly better than such baselines in interpretability, probing and editing (arXiv 2602.14111). What an SAE is
-said to have found should therefore not be found by these. Two more are elsewhere: `train(…, stop_after=64)` gives an SAE stopped
-early, and `analysis.controls.PrincipalComponents` is PCA.
+arXiv 2602.14111 finds trained SAEs hardly better than the frozen ones in interpretability, probing and editing. What an SAE is said
+to have learnt has to be missing from these. Two more are elsewhere: `train(…, stop_after=64)` gives an SAE stopped early, and
+`analysis.controls.PrincipalComponents` is PCA.
 """
 
 import torch
@@ -58,7 +58,7 @@ def random_like(sae, x: Tensor, seed: int = 0) -> JumpReluSAE:
     The decoder is not refitted, since its directions would no longer be random: `analysis.controls.refit_decoder` does that, to any SAE.
     x: activations on which rates are matched, some thousands of tokens.
 
-    Raises ValueError if no latent of `sae` fires on x.
+    Raises ValueError if no latent of `sae` fires on x, or if all tokens are the same.
 
     >>> sae, x = TopKSAE(8, 32, k=2), torch.randn(500, 8)
     >>> bool(((random_like(sae, x).encode(x) > 0).sum(0) == (sae.encode(x) > 0).sum(0)).all())
@@ -71,8 +71,6 @@ def random_like(sae, x: Tensor, seed: int = 0) -> JumpReluSAE:
     mean = x.mean(0)
     made.b_dec.copy_(mean)
     times = sum((sae.encode(part) > 0).sum(0) for part in x.split(1024))
-    if not times.any():
-        raise ValueError(f"no latent of sae fires on these {len(x):,} tokens: give it an x like that of its training")
     for latents in torch.arange(sae.d_sae, device=x.device).split(max(1, 2**24 // len(x))):
         falling = made.pre_activations(x, latents).sort(0, descending=True).values
         spread = falling[:1] - falling[-1:]
@@ -85,6 +83,10 @@ def random_like(sae, x: Tensor, seed: int = 0) -> JumpReluSAE:
     y = torch.cat([made(part).x_hat for part in x.split(1024)]) - mean
     m = y.mean(0)
     c = ((x - mean) * (y - m)).sum() / (y - m).square().sum()  # not negative: f_i rises with the projection of x
+    if not torch.isfinite(c):
+        raise ValueError(
+            f"no latent of sae fires on these {len(x):,} tokens, or all are the same: give activations as in training"
+        )
     made.b_enc.copy_(c * (made.b_enc - c * m @ made.W_enc))  # the latents stay, times c, as b_dec moves
     made.b_dec.sub_(c * m)
     made.W_enc.mul_(c)

@@ -200,5 +200,7 @@ def test_random_directions_need_an_active_sae():
     sae, x = trained("relu")
     with torch.no_grad():
         sae.b_enc.fill_(-100)
-    with pytest.raises(ValueError, match="no latent of sae fires on these 5,120 tokens"):
+    with pytest.raises(ValueError, match="no latent of sae fires on these 5,120 tokens, or all are the same"):
         random_like(sae, x)
+    with pytest.raises(ValueError, match="or all are the same"):
+        random_like(TopKSAE(12, 32, k=4), x[:1].expand(50, 12))
