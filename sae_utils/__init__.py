@@ -13,6 +13,7 @@ _HOME = {
     "saes.gated": ["GatedSAE"],
     "saes.jumprelu": ["JumpReluSAE", "to_jumprelu"],
     "saes.choice": ["MutualChoiceSAE", "FeatureChoiceSAE"],
+    "saes.baselines": ["frozen", "random_like"],
     "saes.files": ["save_sae", "load_sae"],
     "activations.model": ["load_language_model"],
     "device": ["resolve_device"],

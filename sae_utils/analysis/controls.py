@@ -100,14 +100,17 @@ def rescale(sae, x: Tensor) -> partial:
 
 
 class PrincipalComponents:
-    """x̂ = the projection on the k directions of largest variance: its error is linear in x by construction."""
+    """x̂ = the projection on the k directions of largest variance: its error is linear in x by construction.
+
+    Its latents are the sizes of the k coordinates, without their signs, so that `evaluate` counts L0 = k.
+    """
 
     def __init__(self, mean: Tensor, covariance: Tensor, k: int):
         self.mean, self.directions = mean, torch.linalg.eigh(covariance).eigenvectors[:, -k:]
 
     def __call__(self, x: Tensor) -> SAEOutput:
         latents = (x - self.mean) @ self.directions
-        return SAEOutput(latents @ self.directions.T + self.mean, dense=latents.flatten(0, -2))
+        return SAEOutput(latents @ self.directions.T + self.mean, dense=latents.abs().flatten(0, -2))
 
 
 class DeadSAE(PrincipalComponents):

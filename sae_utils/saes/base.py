@@ -66,6 +66,7 @@ class SAE(nn.Module):
     objective = "reconstruction_loss"
     needs_grad = False  # whether batches have to hold `grad`
     in_units_of_x = ("b_enc", "b_dec")  # `train` learns these in units of `x_scale`
+    frozen = {}  # what `saes.baselines.frozen` holds: {"decoder": least cosine to its start}
 
     def __init__(self, d_in: int, d_sae: int):
         super().__init__()
@@ -161,7 +162,15 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Put the parameters back where they belong: rows of W_dec at norm 1."""
+        """Put the parameters back where they belong: rows of W_dec at norm 1, and near `W_dec_start` if soft-frozen."""
+        if not self.W_dec.requires_grad:
+            return
+        if "decoder" in self.frozen:  # a row outside the cone goes to the nearest direction on it
+            start, cosine = self.W_dec_start, self.frozen["decoder"]
+            along = (self.W_dec * start).sum(1, keepdim=True)
+            across = self.W_dec - along * start
+            least = across.norm(dim=1, keepdim=True) * cosine / (1 - cosine**2) ** 0.5
+            self.W_dec.copy_(across + along.maximum(least).clamp_min(1e-6) * start)
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(self.W_dec.dtype).tiny)
 
     @torch.no_grad()

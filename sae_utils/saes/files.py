@@ -81,6 +81,7 @@ def save_sae(sae, path, metadata: dict | None = None) -> Path:
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     files = {TENSORS: {key: state[key] for key in names}, STATE: {k: v for k, v in state.items() if k not in names}}
     ours = {"class": type(sae).__name__, "arguments": sae.arguments, "dead_after": sae.dead_after}
+    ours |= {"frozen": sae.frozen} if sae.frozen else {}
     if not type(sae).__module__.startswith("sae_utils."):
         ours["module"] = type(sae).__module__
     cfg["metadata"] = {"sae_lens_version": SAELENS_VERSION, "prepend_bos": False, **metadata, "sae_utils": ours}
@@ -141,6 +142,8 @@ def read_sae(path: Path):
                 check_hashes(path, cfg, tensors)
             sae = class_named(ours["class"], ours.get("module"))(**ours["arguments"])
             sae.dead_after = ours.get("dead_after", sae.dead_after)
+            for part, cosine in ours.get("frozen", {}).items():
+                sae_utils.frozen(sae, part, cosine)
             state = tensors[TENSORS] | tensors[STATE]
             for key, value in sae.state_dict(keep_vars=True).items():
                 value.data = value.data.to(state[key].dtype)

@@ -160,8 +160,9 @@ def e2e_loss(
     """`local` with KL(orig ‖ new) in place of the batch FVU (arXiv 2405.12241): what else `local` has, sparsity say, stays.
 
     batch: whole rows, x [rows, n_ctx, d_in] and tokens; the SAE sees positions ≥ 1. `local` is the objective of the SAE's class
-    if None, else one that fits it: `reconstruction_loss` (TopK: KL + α AuxK), `l1_loss` (ReLU), `jumprelu_loss`, `gated_loss` (whose gate alone then has to
-    preserve the predictions, too, in a second spliced run), settings bound by `functools.partial`.
+    if None, else one that fits it, its settings bound by `functools.partial`: `reconstruction_loss` for TopK, which becomes
+    KL + α sg(KL / FVU) AuxK, so that AuxK has the part in the loss that it has beside an FVU (ours); `l1_loss` for ReLU;
+    `jumprelu_loss`; `gated_loss`, whose gate alone then has to preserve the predictions, too, in a second spliced run.
     kl, beta, mse: weights as at the top of this module. Fine-tuning (arXiv 2503.17272) is a second `train` with mse > 0, or with
     `balanced`: ½ (FVU + sg(FVU / KL) · KL), in which both count alike in every batch. It has the size of the FVU, so that
     penalties and α stay as they were (our reading of that paper's dynamic balance). It takes the place of the three weights.
@@ -191,6 +192,7 @@ def e2e_loss(
             terms["downstream"] = sum(batch_fvu(clean.later[n], later[n]) for n in suffix.later) / len(suffix.later)
             total = total + beta * terms["downstream"]
         first.update(terms if not first else {})  # a second call is an auxiliary one
+        distance.unit = (total / terms["fvu"].clamp_min(1e-6)).detach()
         return total
 
     ours = {key: batch[key][:, 1:] for key in ("x", "grad") if key in batch}

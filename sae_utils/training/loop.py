@@ -38,6 +38,7 @@ def train(
     objective=None,
     *,
     n_steps: int,
+    stop_after: int | None = None,
     lr: float | None = None,
     seed: int = 0,
     warmup: int | None = None,
@@ -63,6 +64,9 @@ def train(
     lr: Adam's peak rate; None applies the width rule 2e-4/√(d_sae/2¹⁴). It warms up over `warmup` steps (default
     min(1,000, 5% of n_steps)), stays, and falls to `final_lr` × the peak over the last `decay` share of the steps (ours): along
     a line, or along half a `cosine`. So decay=1, cosine=True, final_lr=0.1 is the schedule of arXiv 2405.12241.
+    stop_after: leave off after this many of the n_steps, whose schedule holds: what the whole run is at that step, bit for bit, its
+    learning rate not fallen yet. It is the control for what little training does. (A short run of its own, n_steps=64 say,
+    warms up and decays within it.) With a checkpoint the run without `stop_after` goes on from there, its history one row longer.
     clip: largest gradient norm, per SAE, with biases in units of x. bf16: products in bfloat16 (autocast), where the hardware has
     them; otherwise exact fp32.
     resample: shares of the run, (0.25, 0.5) say, at which dead latents begin anew by `resample_dead`; after each lr rises again
@@ -97,6 +101,7 @@ def train(
     asked = checked(n_steps, lr, seed, warmup, shape, clip, betas, bf16, resample, skip_norm_above, batch_size, device)
     flag("progress", progress)
     n_steps, log_every = asked.n_steps, max(1, asked.n_steps // 200)
+    last = n_steps if stop_after is None else whole("stop_after", stop_after, 1, n_steps)
     save_every = log_every * math.ceil(whole("checkpoint_every", checkpoint_every) / log_every)
     if checkpoint is not None and (
         not isinstance(checkpoint, (str, os.PathLike)) or os.path.isdir(Path(checkpoint).expanduser())
@@ -118,6 +123,8 @@ def train(
             unsure, parts = True, training_parts(jobs, first, vars(asked))
             if checkpoint.exists():
                 step, history, states = load_checkpoint(checkpoint, jobs, optimizers, parts)
+                if step > last:
+                    raise ValueError(f"stop_after={stop_after}: {checkpoint} is at step {step}, so use another path")
                 if 0 < step < n_steps:
                     iterator = skip(batches, iterator, step)
                     set_random(states)
@@ -125,8 +132,8 @@ def train(
         scales = {name: sae.x_scale.item() for name, (sae, _) in jobs.items()}
         tokens = history[-1]["tokens"] if history else 0
         few_hold_most = any("fvu_ordinary" in row for row in history)
-        bar = tqdm(total=n_steps, initial=step, desc="train", mininterval=10, disable=not progress)
-        for batch in itertools.islice(iterator, n_steps - step):
+        bar = tqdm(total=last, initial=step, desc="train", mininterval=10, disable=not progress)
+        for batch in itertools.islice(iterator, last - step):
             batch = on_device(batch, device) | {"progress": step / n_steps}
             check_batch(jobs, batch, step, asked)
             x = batch["x"]
@@ -150,7 +157,7 @@ def train(
                 rows[name].append({key: value.detach().float() for key, value in terms.items()})
             step += 1
             bar.update()
-            if step % log_every and step < n_steps:
+            if step % log_every and step < last:
                 continue
             finite.look()
             few_hold_most = few_hold_most or asked.skip_norm_above is None and warn_of_high_norms(x, usual)
@@ -161,7 +168,7 @@ def train(
                     row["fvu_ordinary"] = ordinary_fvu(sae, x, usual)
                 history.append(row | {"dead": sae.dead().float().mean().item()})
                 rows[name].clear()
-            if checkpoint and (step % save_every == 0 or step == n_steps):
+            if checkpoint and (step % save_every == 0 or step == last):
                 if unsure:
                     check_fixed(jobs, parts)
                 unsure = False
@@ -172,7 +179,7 @@ def train(
         l0 = next((row.get("l0") for row in reversed(history) if row.get("sae", "") == name), None)
         if advice := on_coefficient(sae, loss, l0):
             warnings.warn(f"{name!r}: {advice}" if name else advice)
-    if step < n_steps:
+    if step < last:
         warnings.warn(f"the batches ended after {step} of n_steps={n_steps}: the learning rate never reached its end")
     return pd.DataFrame(history)
 
@@ -334,7 +341,7 @@ def on_coefficient(sae, objective, l0: float | None) -> str:
         settings = inspect.signature(objective).parameters
     except (TypeError, ValueError):  # a callable that hides its arguments
         return ""
-    if "suffix" in settings:  # an end-to-end objective has its coefficient from the local one
+    if "suffix" in settings or "local" in settings:  # such an objective has its coefficient from the local one
         bound = settings["local"].default if "local" in settings else objective.keywords.get("local")
         settings = inspect.signature(bound or own_objective(sae)).parameters
     with_target = "target_l0" in settings and settings["target_l0"].default is not None

@@ -65,7 +65,8 @@ def resample_dead(sae, x: Tensor, optimizer: Optimizer, generator: torch.Generat
 
     Inputs are drawn with probability ∝ (‖x − x̂‖²)², each for one latent at most; in whole rows position 0 is not drawn. W_dec
     gets the direction of x − b_dec, W_enc the same at 0.2 × the mean norm of the live, biases and Adam's moments become 0.
-    No random state but `generator` is touched.
+    What is frozen stays where it is, and a row of a frozen decoder is the direction that W_enc begins anew at. No random state
+    but `generator` is touched.
     """
     rows, live = sae.rows(without_first(x)), ~sae.dead()
     dead = (~live).nonzero().squeeze(1)[: len(rows)]
@@ -75,8 +76,10 @@ def resample_dead(sae, x: Tensor, optimizer: Optimizer, generator: torch.Generat
     weight = (error / error.max().clamp_min(1e-30)).square().nan_to_num().cpu() + 1e-12  # never 0
     chosen = rows[torch.multinomial(weight, len(dead), generator=generator).to(rows.device)]
     directions = torch.nn.functional.normalize(chosen - sae.b_dec, dim=1)
+    if "decoder" in sae.frozen:
+        directions = sae.W_dec[dead]
     for name, parameter in sae.named_parameters():
-        if name not in BY_LATENT:
+        if name not in BY_LATENT or not parameter.requires_grad:
             continue
         new, leaf = directions if name == "W_dec" else 0, optimizer.leaves[name]
         if name in ("W_enc", "W_mag"):

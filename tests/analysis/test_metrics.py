@@ -8,6 +8,7 @@ import torch
 
 from sae_utils import FeatureChoiceSAE, TopKSAE, evaluate
 from sae_utils.activations.hooks import run_prefix
+from sae_utils.analysis.controls import PrincipalComponents
 from sae_utils.analysis.metrics import (
     ReconstructionSums,
     alive_latents,
@@ -214,6 +215,18 @@ def test_measuring_changes_nothing_and_does_not_depend_on_the_mode(cls, tiny_gpt
     )
     sae.eval()
     assert in_training == measured() and not sae.training
+
+
+def test_pca_beside_an_sae(tiny_gpt2, rows):
+    """k components are k active latents, and leave the variance of the others."""
+    x = run_prefix(tiny_gpt2, torch.from_numpy(rows.astype("int64")), [HOOK])[HOOK][:, 1:].flatten(0, 1).double()
+    covariance = torch.cov(x.T, correction=0)
+    pca = {f"PCA {k}": PrincipalComponents(x.mean(0), covariance, k) for k in (3, 5)}
+    found = evaluate(pca | {"sae": TopKSAE(tiny_gpt2.cfg.d_model, 64, k=4)}, tiny_gpt2, rows, HOOK)
+    variances = torch.linalg.eigvalsh(covariance)
+    for k in (3, 5):
+        assert found[f"PCA {k}"]["l0"] == k and found[f"PCA {k}"]["dead_fraction"] == 0
+        assert found[f"PCA {k}"]["fvu"] == pytest.approx(float(variances[:-k].sum() / variances.sum()))
 
 
 def test_fvu_of_ordinary_tokens(tiny_gpt2, rows):

@@ -5,6 +5,7 @@ Run by `make interop`, in an environment of its own: SAELens needs transformer-l
 
 import json
 import warnings
+from functools import partial
 from importlib.metadata import version
 
 import pytest
@@ -18,6 +19,7 @@ from sae_utils import (
     MutualChoiceSAE,
     ReluSAE,
     TopKSAE,
+    frozen,
     load_language_model,
     load_sae,
     save_sae,
@@ -25,7 +27,7 @@ from sae_utils import (
     train,
 )
 from sae_utils.activations.hooks import run_prefix, run_spliced
-from sae_utils.training.losses import gated_loss, jumprelu_loss, l1_loss, reconstruction_loss
+from sae_utils.training.losses import gated_loss, jumprelu_loss, l1_loss, nested_loss, reconstruction_loss
 
 D_IN, D_SAE = 12, 40
 close = {"atol": 1e-5, "rtol": 1e-5}
@@ -43,6 +45,8 @@ OURS = {  # SAE and loss here; the key begins with the architecture there
     "topk": (lambda: TopKSAE(D_IN, D_SAE, k=5), reconstruction_loss),
     "jumprelu": (lambda: JumpReluSAE(D_IN, D_SAE), jumprelu_loss),
     "jumprelu, one threshold": (lambda: MutualChoiceSAE(D_IN, D_SAE, k=5), reconstruction_loss),
+    "jumprelu, nested": (lambda: MutualChoiceSAE(D_IN, D_SAE, k=5), partial(nested_loss, prefixes=(10, D_SAE))),
+    "topk, soft-frozen": (lambda: frozen(TopKSAE(D_IN, D_SAE, k=5), "decoder", 0.8), reconstruction_loss),
     "jumprelu, one each": (lambda: FeatureChoiceSAE(D_IN, D_SAE, k=5), reconstruction_loss),
 }
 

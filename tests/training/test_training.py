@@ -89,6 +89,42 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_at):
     assert history.equals(again)
 
 
+@pytest.mark.parametrize("n", [1, 23, 60])
+def test_stopped_after_n_steps_is_the_whole_run_there_and_goes_on(tmp_path, n):
+    """The schedule, the dead and the bits are those of the whole run; a run of n steps is another one."""
+    whole, there, stopped, short = new_sae(), new_sae(), new_sae(), new_sae()
+    history = run(whole, Stream())
+    with contextlib.suppress(KeyboardInterrupt):
+        run(there, Stream(stop_at=n))
+    settings = {"checkpoint": tmp_path / "training", "checkpoint_every": 10}
+    assert history[:n].equals(run(stopped, Stream(), stop_after=n, **settings)) and not stopped.training
+    assert same_bits(stopped, there) and stopped.dead_after == whole.dead_after
+    run(short, Stream(), n_steps=n)
+    assert same_bits(stopped, short) == (n == 60)
+    again = new_sae()
+    assert history.equals(run(again, Stream(), **settings)) and same_bits(whole, again)
+    if n < 60:
+        with pytest.raises(ValueError, match=f"stop_after={n}: .* is at step 60, so use another path"):
+            run(new_sae(), Stream(), stop_after=n, **settings)
+
+
+def test_a_stopped_run_ends_in_a_row_and_in_a_checkpoint(tmp_path):
+    """Of 400 steps every second has a row, so that step 23 has one only as the last."""
+    whole, stopped = new_sae(), new_sae()
+    history = run(stopped, Stream(), n_steps=400, stop_after=23, checkpoint=tmp_path / "training")
+    assert history["step"].to_list() == [*range(2, 23, 2), 23]
+    again = run(new_sae(), Stream(), n_steps=400, stop_after=23, checkpoint=tmp_path / "training")
+    assert history.equals(again), "nothing is left to do"
+    longer = run(resumed := new_sae(), Stream(), n_steps=400, checkpoint=tmp_path / "training")
+    assert len(longer) == len(run(whole, Stream(), n_steps=400)) + 1 and same_bits(whole, resumed)
+
+
+@pytest.mark.parametrize("n", [0, 61, 2.5])
+def test_stop_after_out_of_range(n):
+    with pytest.raises(ValueError, match="stop_after=.*whole number from 1 to 60"):
+        run(new_sae(), Stream(), stop_after=n)
+
+
 def test_a_foreign_iterable_is_fast_forwarded(tmp_path):
     batches = [torch.randn(16, 8, generator=torch.Generator().manual_seed(i)) for i in range(60)]
 
