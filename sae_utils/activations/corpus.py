@@ -6,6 +6,7 @@ they do not depend on the packages; `benchmarks/ship_rows.py` makes them.
 """
 
 import functools
+import hashlib
 import sysconfig
 import warnings
 from pathlib import Path
@@ -29,8 +30,15 @@ def manifest_lines(manifest: Path) -> list[tuple[str, str]]:
 @functools.cache
 def left_out(manifest: Path, site: Path) -> list[str]:
     """Paths of the manifest that are missing from the site directory or differ there; looked up once."""
-    lines = manifest_lines(manifest)
-    return [path for sha256, path in lines if not (site / path).is_file() or file_hash(site / path) != sha256]
+
+    def differs(path: str, sha256: str) -> bool:
+        try:
+            with open(f"{site}/{path}", "rb") as file:  # for thousands of small files quicker than `file_hash`
+                return hashlib.sha256(file.read()).hexdigest() != sha256
+        except OSError:
+            return True
+
+    return [path for sha256, path in manifest_lines(manifest) if differs(path, sha256)]
 
 
 def report_left_out() -> None:

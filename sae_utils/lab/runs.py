@@ -9,7 +9,6 @@ Imports no torch, so that the sweep runner can use it.
 """
 
 import contextlib
-import importlib.metadata
 import math
 import os
 import platform
@@ -326,6 +325,7 @@ def in_words(error: Exception) -> str:
 
 def environment() -> dict:
     """Commit, versions and machine. Versions come from the packages' metadata: nothing is imported for them."""
+    from importlib.metadata import version  # `--list`, which needs none, is quicker without
 
     def git(*command):
         try:
@@ -334,7 +334,7 @@ def environment() -> dict:
             return None
 
     torch = sys.modules.get("torch")
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions = {package: version(package) for package in PACKAGES}
     return {
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": bool(git("status", "--porcelain")),
