@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..sparse.select_encode import Active, densify, pre_activations
+from ..sparse.select_encode import Active, densify, pre_activations, sparse_decode
 from ..values import whole
 
 HIGH_NORM = 5.0  # times the usual norm: beyond it a token does not count as ordinary (ours)
@@ -131,6 +131,16 @@ class SAE(nn.Module):
     def decode(self, f: Tensor) -> Tensor:
         """x̂ = f W_dec + b_dec, [..., d_in], of dense latents f [..., d_sae]."""
         return f @ self.W_dec + self.b_dec
+
+    def output(self, x: Tensor, f: Tensor, active: Active | None = None, **extra: Tensor) -> SAEOutput:
+        """The output for latents f, dense [batch, d_sae] or the values of `active`; in training mode the counters move."""
+        if self.training:
+            fired = (f > 0).any(0).nonzero() if active is None else active.indices[f > 0]
+            self.count(fired, x.numel() // self.d_in)
+        if active is None:
+            return SAEOutput(self.decode(f).view(x.shape), dense=f, extra=extra)
+        x_hat = (sparse_decode(f, active, self.W_dec) + self.b_dec).view(x.shape)
+        return SAEOutput(x_hat, f, active.indices, active.offsets, active, extra=extra)
 
     @torch.no_grad()
     def initialise(self, rows: Tensor) -> None:

@@ -188,23 +188,21 @@ def cfg_hash(cfg: dict) -> str:
 
 def check_arguments(sae) -> None:
     """ValueError if the class could not be made again from `sae.arguments`, or would be another SAE."""
-    cls, arguments = type(sae), sae.arguments
-    names = [
-        name for name, p in inspect.signature(cls).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    about = f"{cls.__name__}.arguments has to hold what the class is called with, so that load_sae can make it again"
-    for name in names:
-        if name not in arguments:
-            raise ValueError(f"{about}: {name!r} is missing")
+    signature, arguments = inspect.signature(type(sae)), sae.arguments
+    named = [name for name, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    wrong = [f"{name!r} is missing" for name in named if name not in arguments]
     try:
-        inspect.signature(cls).bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
-        raise ValueError(f"{about}: {error}") from None
+        wrong.append(str(error))
     for name, value in arguments.items():
         with contextlib.suppress(TypeError, ValueError):
             if json.loads(json.dumps(value)) == value:
                 continue
-        raise ValueError(f"{about}: {name}={value!r:.100} does not come back from JSON as it is")
+        wrong.append(f"{name}={value!r:.100} does not come back from JSON as it is")
+    if wrong:
+        about = "has to hold what the class is called with, so that load_sae can make it again"
+        raise ValueError(f"{type(sae).__name__}.arguments {about}: {wrong[0]}")
 
 
 def class_named(name: str, module: str | None) -> type:

@@ -91,9 +91,7 @@ def to_jumprelu(sae: GatedSAE) -> JumpReluSAE:
     scale = sae.r_mag.exp()
     made.W_enc.copy_(sae.W_enc * scale)
     made.b_enc.copy_(sae.b_mag)
-    made.W_dec.copy_(sae.W_dec)
-    made.b_dec.copy_(sae.b_dec)
     made.threshold.copy_((sae.b_mag - scale * sae.b_gate).clamp_min(0))
-    for name in ("tokens_since_fired", "initialised", "x_scale"):
+    for name in ("W_dec", "b_dec", "tokens_since_fired", "initialised", "x_scale"):
         getattr(made, name).copy_(getattr(sae, name))
     return made.train(sae.training)

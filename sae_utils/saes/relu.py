@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..sparse.select_encode import Active, relu_encode, sparse_decode
+from ..sparse.select_encode import relu_encode
 from ..values import flag
 from .base import SAE, SAEOutput
 
@@ -50,13 +50,3 @@ class ReluSAE(SAE):
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
         return self.output(x, *relu_encode(self.rows(x), self.W_enc, self.b_enc, self.b_dec))
-
-    def output(self, x: Tensor, f: Tensor, active: Active | None = None, **extra: Tensor) -> SAEOutput:
-        """The output for latents f, dense [batch, d_sae] or the values of `active`; in training mode the counters move."""
-        if self.training:
-            fired = (f > 0).any(0).nonzero() if active is None else active.indices[f > 0]
-            self.count(fired, x.numel() // self.d_in)
-        if active is None:
-            return SAEOutput(self.decode(f).view(x.shape), dense=f, extra=extra)
-        x_hat = (sparse_decode(f, active, self.W_dec) + self.b_dec).view(x.shape)
-        return SAEOutput(x_hat, f, active.indices, active.offsets, active, extra=extra)

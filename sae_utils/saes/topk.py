@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..sparse.select_encode import Active, sparse_decode, topk_encode
+from ..sparse.select_encode import Active, topk_encode
 from ..values import whole
 from .base import SAE, SAEOutput
 
@@ -26,13 +26,9 @@ class TopKSAE(SAE):
         self.k = whole("k", k, 1, self.d_sae)
 
     def forward(self, x: Tensor, grad: Tensor | None = None) -> SAEOutput:
-        rows = self.rows(x)
-        values, active = self.select(rows, grad)
-        x_hat = sparse_decode(values, active, self.W_dec) + self.b_dec
-        if self.training:
-            self.count(active.indices[values > 0], len(rows))
-        shape = len(rows), self.k
-        return SAEOutput(x_hat.view(x.shape), values.view(shape), active.indices.view(shape), active=active)
+        out = self.output(x, *self.select(self.rows(x), grad))
+        out.values, out.indices, out.offsets = out.values.view(-1, self.k), out.indices.view(-1, self.k), None
+        return out
 
     def select(self, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, Active]:
         """Values [batch · k] and where they are."""

@@ -1,6 +1,7 @@
 """Checkpoints of a training: everything that resuming it bit for bit needs."""
 
 import json
+import os
 import random
 import sys
 import tempfile
@@ -18,11 +19,14 @@ from ..files import disk_errors, replacing, tensors_hash
 CODE = ("training/", "saes/", "sparse/", "activations/")  # the rooms whose code trains
 
 
-def check_place(path: Path) -> None:
-    """Raise now what a checkpoint would raise when it is first written there."""
+def place_of(checkpoint) -> Path:
+    """The path of a checkpoint; raises now what would be raised when it is first written there."""
+    if not isinstance(checkpoint, (str, os.PathLike)) or os.path.isdir(path := Path(checkpoint).expanduser()):
+        raise ValueError(f"checkpoint={checkpoint!r}: it has to be the path of a file, or None")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
+    return path
 
 
 def save_checkpoint(path, jobs, optimizers, parts: dict, step: int, history: list[dict]) -> None:
@@ -37,16 +41,12 @@ def save_checkpoint(path, jobs, optimizers, parts: dict, step: int, history: lis
     kind, key, *rest = np.random.get_state()
     about = {"parts": parts, "step": step, "history": history}
     about |= {"numpy_rng": [kind, key.tolist(), *rest], "python_rng": random.getstate()}
-    about["sources"] = {file: value for file, value in source_hashes().items() if loaded(file)}
+    used = {name.removeprefix("sae_utils.").replace(".", "/") + ".py" for name in sys.modules}  # or may have been
+    about["sources"] = {k: v for k, v in source_hashes().items() if k.startswith(CODE) and k in used}
     about["dead_after"] = {name: sae.dead_after for name, (sae, _) in jobs.items()}
     tensors, text = {key: value.contiguous() for key, value in tensors.items()}, json.dumps(about)
     with replacing(path, len(text) + sum(value.nbytes for value in tensors.values())) as new:
         save_file(tensors, new, {"training": text, "sha256": tensors_hash(tensors, text)})
-
-
-def loaded(file: str) -> bool:
-    """Whether training in this process may have used a file of `sae_utils`."""
-    return file.startswith(CODE) and "sae_utils." + file.removesuffix(".py").replace("/", ".") in sys.modules
 
 
 def read_checkpoint(path, whole: bool = False) -> tuple[dict, dict]:

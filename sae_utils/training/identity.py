@@ -114,17 +114,13 @@ def stable(value, where: str, seen: dict | None = None):
         if array.dtype.hasobject:
             return [kind.__name__, inner(array.tolist(), where)]
         return ["array", str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
-    if isinstance(value, (set, frozenset, dict, list, tuple, types.SimpleNamespace)):
-        own = [] if kind.__module__ in ("builtins", "types") else [inner(kind, where)]
-        if isinstance(value, types.SimpleNamespace):
-            value = vars(value)
-        elif getattr(value, "__dict__", None):  # attributes of a subclass
-            own.append(inner(vars(value), where))
-        if isinstance(value, (set, frozenset)):
-            return ["set", *sorted(map(repr, (inner(v, where) for v in value))), *own]
+    if isinstance(value, (set, frozenset, dict, list, tuple)):
+        own = [kind, getattr(value, "__dict__", {})] if kind.__module__ != "builtins" else []
+        own = [inner(v, where) for v in own]
         if isinstance(value, dict):
             return [kind.__name__, *([inner(k, where), inner(v, f"{k!r} in {where}")] for k, v in value.items()), *own]
-        return [kind.__name__, *(inner(v, where) for v in value), *own]
+        items = [inner(v, where) for v in value]
+        return [kind.__name__, *(sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items), *own]
     if isinstance(value, AROUND):
         return [kind.__name__, *(inner(getattr(value, name, None), where) for name in HOLD)]
     if isinstance(value, types.ModuleType):
@@ -133,9 +129,7 @@ def stable(value, where: str, seen: dict | None = None):
         return ["module", value.__name__, code_hash(inspect.getsource(value)), inner(plain(value), where)]
     if isinstance(value, types.FunctionType):
         return function(value, where, inner)
-    if isinstance(value, types.BuiltinFunctionType) and isinstance(
-        value.__self__, (types.ModuleType, type, type(None))
-    ):
+    if kind is types.BuiltinFunctionType and isinstance(value.__self__, (types.ModuleType, type, type(None))):
         return ["builtin", value.__module__, value.__qualname__]
     if isinstance(value, type):
         known = value.__module__ != "builtins" or hasattr(builtins, value.__qualname__)  # or made by exec
@@ -144,13 +138,13 @@ def stable(value, where: str, seen: dict | None = None):
         own = {k: v for k, v in sorted(vars(value).items()) if k not in OF_CLASSES}
         if dataclasses.is_dataclass(value):  # its generated methods say nothing more than its fields
             own = {k: v for k, v in own.items() if not k.startswith("__") or k in ("__call__", "__annotations__")}
-        bases = [inner(base, where) for base in value.__bases__]
-        return ["class", value.__qualname__, bases, inner(own, f"class {value.__qualname__}")]
+        return ["class", value.__qualname__, inner(value.__bases__, where), inner(own, f"class {value.__qualname__}")]
     if isinstance(value, nn.Module):
         return [inner(v, where) for v in (kind, settings_of(value), dict(value.state_dict()))]
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return [inner(kind, where), inner(fields | getattr(value, "__dict__", {}), where)]
+    if dataclasses.is_dataclass(value) or isinstance(value, types.SimpleNamespace):
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()  # with __slots__ no attributes
+        own = {f.name: getattr(value, f.name) for f in fields} | getattr(value, "__dict__", {})
+        return [inner(kind, where), inner(own, where)]
     text = repr(value) if kind.__repr__ is not object.__repr__ else " at 0x"
     if re.search(r" at 0x[0-9a-f]*|\.\.\.", text):  # an address, or a text that leaves something out
         raise ValueError(
@@ -173,25 +167,23 @@ def function(f, where: str, inner) -> list:
     if installed(f.__module__):
         ours = f.__module__.split(".")[0] == "sae_utils"
         return ["function", f.__module__, f.__qualname__] + [inner(v, key) for key, v in outside.items() if ours]
-    names = sorted({n for n in read_globals(f.__code__) if n in f.__globals__})
+    steps = list(bytecode(f.__code__))
+    names = sorted({v for op, v in steps if op in ("LOAD_GLOBAL", "LOAD_NAME") and v in f.__globals__})
     outside |= {f"{name!r} in {f.__qualname__}": f.__globals__[name] for name in names}
     outside |= {f"a default of {f.__qualname__}": f.__defaults__, f"defaults of {f.__qualname__}": f.__kwdefaults__}
     outside[f"an attribute of {f.__qualname__}"] = f.__dict__
-    return ["function", bytecode(f.__code__, inner), *(inner(v, key) for key, v in outside.items())]
+    return ["function", inner(steps, "a constant"), *(inner(v, key) for key, v in outside.items())]
 
 
-def bytecode(code: types.CodeType, inner) -> list:
-    """What the code does, step by step, each with the value that it is about; a docstring is in no step."""
-    steps = [(i.opname, i.argval) for i in dis.get_instructions(code)]
-    steps = [[op, bytecode(v, inner) if isinstance(v, types.CodeType) else inner(v, "a constant")] for op, v in steps]
-    return [steps, code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], code.co_exceptiontable.hex()]
-
-
-def read_globals(code: types.CodeType):
-    yield from (i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from read_globals(constant)
+def bytecode(code: types.CodeType):
+    """What code and the code within it do, step by step, each with the value that it is about; a docstring is in no step."""
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    yield "code", (names, len(code.co_code), code.co_exceptiontable)
+    for step in dis.get_instructions(code):
+        if isinstance(step.argval, types.CodeType):
+            yield from bytecode(step.argval)
+        else:
+            yield step.opname, step.argval
 
 
 @functools.cache

@@ -8,7 +8,6 @@ import contextlib
 import inspect
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from ..device import bf16_is_fast
 from ..saes.base import SAE, check_parameters, high_norm, scale_of, typical
 from ..values import flag, real, whole
-from .checkpoint import check_place, load_checkpoint, save_checkpoint, set_random
+from .checkpoint import load_checkpoint, place_of, save_checkpoint, set_random
 from .identity import check_fixed, of, training_parts
 from .losses import GRADIENTS, check_fit, own_objective
 from .optimizer import Optimizer, resample_dead
@@ -103,12 +102,7 @@ def train(
     n_steps, log_every = asked.n_steps, max(1, asked.n_steps // 200)
     last = n_steps if stop_after is None else whole("stop_after", stop_after, 1, n_steps)
     save_every = log_every * math.ceil(whole("checkpoint_every", checkpoint_every) / log_every)
-    if checkpoint is not None and (
-        not isinstance(checkpoint, (str, os.PathLike)) or os.path.isdir(Path(checkpoint).expanduser())
-    ):
-        raise ValueError(f"checkpoint={checkpoint!r}: it has to be the path of a file, or None")
-    if checkpoint is not None:
-        check_place(checkpoint := Path(checkpoint).expanduser())
+    checkpoint = None if checkpoint is None else place_of(checkpoint)
     rates = {name: asked.lr or 2e-4 / math.sqrt(sae.d_sae / 2**14) for name, (sae, _) in jobs.items()}
     optimizers = {name: Optimizer(sae, asked.betas) for name, (sae, _) in jobs.items()}
     finite, step, history, rows = Finite(checkpoint, device), 0, [], {name: [] for name in jobs}
@@ -220,17 +214,15 @@ def schedule(step: int, asked) -> float:
 
 def as_jobs(sae, objective) -> dict:
     """{name: (sae, objective)} of what `train` is given, each objective checked against its SAE's class."""
-    if not isinstance(sae, (dict, SAE)) or sae == {}:
-        raise ValueError(f"sae is {sae!r:.100}: it has to be an SAE, or a dictionary {{name: sae}} of one SAE or more")
     if objective is not None and not callable(objective):
         raise ValueError(f"objective={objective!r:.100}: it has to be a function (sae, batch) → dict, or None")
     jobs = {}
-    for name, job in sae.items() if isinstance(sae, dict) else [("", sae)]:
-        one, loss = job if isinstance(job, (tuple, list)) and len(job) == 2 else (job, objective)
+    for name, job in sae.items() if isinstance(sae, dict) and sae else [("", sae)]:
+        one, loss = job if name and isinstance(job, (tuple, list)) and len(job) == 2 else (job, objective)
         if not isinstance(name, str) or not isinstance(one, SAE) or not (loss is None or callable(loss)):
             raise ValueError(
-                f"{name!r}: {job!r:.200} is no job. `train` takes an SAE and an objective, a function (sae, batch) → dict or None, "
-                f"and for several SAEs {{'name': sae}} or {{'name': (sae, objective)}}"
+                f"{name or 'sae'!r}: {job!r:.200} is no job. `train` takes an SAE and an objective, a function (sae, batch) → dict or "
+                f"None, and for several SAEs a dictionary {{name: sae}} or {{name: (sae, objective)}}"
             )
         if any(one is other for other, _ in jobs.values()):
             raise ValueError(

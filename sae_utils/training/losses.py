@@ -268,20 +268,20 @@ GRADIENTS = (
 )
 
 
-def attribution_loss(sae, batch, alpha: float = 0.1, use_in_selection: bool = False) -> dict[str, Tensor]:
+def attribution_loss(sae, batch, alpha: float = 0.1) -> dict[str, Tensor]:
     """Batch FVU + α · A, A = Σ|(x − x̂) ⊙ g| / Σ|(x − x̄) ⊙ g|: what a coordinate's error does to the loss, to first order.
 
-    Sums over the batch and d_in; both terms are over what the mean x̄ would leave, so α has no units (ours). Without AuxK.
-    `use_in_selection` hands g to the SAE as well, so that selection and loss can be told apart.
+    Sums over the batch and d_in; both terms are over what the mean x̄ would leave, so α has no units (ours). Without AuxK. The
+    SAE selects without g, so that selection and loss can be told apart.
 
     >>> batch = {"x": torch.randn(100, 8), "grad": torch.randn(100, 8)}
     >>> sorted(attribution_loss(TopKSAE(8, 32, k=2), batch))
     ['attribution', 'fvu', 'l0', 'loss']
     """
-    return weighted_by_gradient(sae, batch, alpha, use_in_selection, "attribution", 1)
+    return weighted_by_gradient(sae, batch, alpha, "attribution", 1)
 
 
-def gradient_weighted_loss(sae, batch, alpha: float = 0.1, use_in_selection: bool = False) -> dict[str, Tensor]:
+def gradient_weighted_loss(sae, batch, alpha: float = 0.1) -> dict[str, Tensor]:
     """Batch FVU + α · Σ((x − x̂) ⊙ g)² / Σ((x − x̄) ⊙ g)²: squared errors weighted by how sensitive the loss is (ours).
 
     Reductions as in `attribution_loss`.
@@ -291,12 +291,12 @@ def gradient_weighted_loss(sae, batch, alpha: float = 0.1, use_in_selection: boo
     >>> torch.allclose(terms["weighted"], terms["fvu"])  # equal gradients weigh nothing
     True
     """
-    return weighted_by_gradient(sae, batch, alpha, use_in_selection, "weighted", 2)
+    return weighted_by_gradient(sae, batch, alpha, "weighted", 2)
 
 
-def weighted_by_gradient(sae, batch, alpha: float, use_in_selection: bool, name: str, power: int) -> dict[str, Tensor]:
+def weighted_by_gradient(sae, batch, alpha: float, name: str, power: int) -> dict[str, Tensor]:
     """Batch FVU + α · Σ|(x − x̂) ⊙ g|ᵖ / Σ|(x − x̄) ⊙ g|ᵖ; ValueError if the stream gives no gradient."""
-    real("alpha", alpha, 0), flag("use_in_selection", use_in_selection)
+    real("alpha", alpha, 0)
     if not isinstance(batch, dict) or batch.get("grad") is None:
         raise ValueError(f"{type(sae).__name__}: the batch has no 'grad'. {GRADIENTS}")
     x, g = sae.rows(batch["x"]), sae.rows(batch["grad"]).detach()
@@ -304,7 +304,7 @@ def weighted_by_gradient(sae, batch, alpha: float, use_in_selection: bool, name:
         raise ValueError(
             f"grad has shape {list(batch['grad'].shape)}: it has to be that of x, {list(batch['x'].shape)}"
         )
-    out = sae(x, g if use_in_selection else None)
+    out = sae(x)
     size = torch.abs if power == 1 else torch.square
     least = size(0.01 * sae.x_scale) * size(g).sum()
     unit = size((x - x.mean(0)) * g).sum().clamp_min(least).clamp_min(torch.finfo(x.dtype).tiny)

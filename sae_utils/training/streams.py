@@ -56,9 +56,8 @@ def as_stream(batches, batch_size: int | None, seed: int):
     if not whole_array and not is_store(batches):
         if batch_size is not None:
             raise ValueError(f"batch_size={batch_size!r}: these batches come as they are; it is for arrays and stores")
-        if isinstance(batches, (str, bytes, dict)) or not (
-            hasattr(batches, "__iter__") or hasattr(batches, "__getitem__") or hasattr(batches, "from_step")
-        ):
+        iterable = any(hasattr(batches, name) for name in ("__iter__", "__getitem__", "from_step"))
+        if isinstance(batches, (str, bytes, dict)) or not iterable:
             raise ValueError(f"{form}: it has to be activations [n, d_in], a store, or an iterable of batches")
         if is_store(getattr(batches, "dataset", None)):
             raise ValueError(f"{form} over a store: give the store itself, and `batch_size` to `train`")
