@@ -1,9 +1,15 @@
 """Arms of one method side by side on python-lm: `python benchmarks/methods.py GROUP [--list] [--only ARM]`.
 
-Every arm is trained at each of its learning rates on the chapters' budget, at seed 0, and judged on validation files; at four
-times the budget it is trained at the rate that was best there. A finished training is a line of `OUTPUT/GROUP.jsonl`, and is not
-repeated: so a run that was interrupted goes on. The table shows each arm at its best rate, by CE increase; a rate at the
-edge of those tried is marked with *.
+Every arm is trained at each of its three learning rates on the first of the group's budgets, at seed 0, and judged on
+validation files; on a larger budget it is trained at the rate that was best there. A finished training is a line of
+`OUTPUT/GROUP.jsonl`, and is not repeated: so a run that was interrupted goes on. The table shows each arm at its best rate, by CE
+increase; a rate at the edge of those tried is marked with *.
+
+e2e: end-to-end objectives, with AuxK as it was, rescaled and without; fine-tuning; ReLU with L1.
+choice: TopK, Mutual Choice and Feature Choice over batch sizes. `batch_fvu` is by the training rule on shuffled batches of the
+size that the arm was trained on; `equal_fvu` by thresholds, all multiplied by the one factor at which L0 is k on these tokens;
+`law_error` is `zipf_error`.
+baselines: TopK beside forms whose directions hardly learn.
 """
 
 import argparse
@@ -16,11 +22,26 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from sae_utils import ActivationStore, ReluSAE, TopKSAE, evaluate, held_out, load_language_model, tokens, train
+from sae_utils import (
+    ActivationStore,
+    FeatureChoiceSAE,
+    MutualChoiceSAE,
+    ReluSAE,
+    TopKSAE,
+    evaluate,
+    frozen,
+    held_out,
+    load_language_model,
+    random_like,
+    tokens,
+    train,
+)
+from sae_utils.activations.hooks import run_prefix
+from sae_utils.saes.choice import zipf_error
 from sae_utils.training.end_to_end import Suffix, e2e_loss
-from sae_utils.training.losses import l1_loss, reconstruction_loss
+from sae_utils.training.losses import batch_fvu, l1_loss, nested_loss, reconstruction_loss
 
-HOOK, D_SAE, K, BATCH, BUDGET, SEED = "blocks.3.hook_resid_pre", 1024, 8, 1024, 600_000, 0
+HOOK, D_SAE, K, BATCH, SEED = "blocks.3.hook_resid_pre", 1024, 8, 1024, 0
 LOCAL_LR = 0.005  # of the SAEs that end-to-end arms begin with
 
 
@@ -31,14 +52,14 @@ class Setting:
         self.lm, self.n_tokens, self.starts = load_language_model("python-lm"), n_tokens, {}
         n_ctx = self.lm.cfg.n_ctx
         rows = tokens("python-source", self.lm.tokenizer, n_ctx, n_tokens, spread=16)
-        self.rows = held_out("python-source", self.lm.tokenizer, n_ctx, 32_768, "validation")
+        self.rows = held_out("python-source", self.lm.tokenizer, n_ctx, 65_536, "validation")
         self.store, self.suffix = ActivationStore(self.lm, rows, HOOK), Suffix(self.lm, HOOK)
         self.n_rows, self.n_steps = BATCH // n_ctx, len(rows) // (BATCH // n_ctx)
 
-    def train(self, sae, objective, share, lr, whole_rows=False, **settings):
+    def train(self, sae, objective, share, lr, whole_rows=False, batch=BATCH, **settings):
         """Train on a share of the budget; `whole_rows` in an order of their own."""
-        n_steps = round(share * self.n_steps)
-        batches = self.store.batches(self.n_rows if whole_rows else BATCH, SEED, whole_rows=whole_rows)
+        n_steps = round(share * self.n_steps * BATCH / batch)
+        batches = self.store.batches(self.n_rows if whole_rows else batch, SEED, whole_rows=whole_rows)
         settings = {"n_steps": n_steps, "lr": lr, "seed": SEED, "progress": False} | settings
         return train(sae, batches, objective, **settings)
 
@@ -48,11 +69,11 @@ def new(cls=TopKSAE, **settings):
     return cls(128, D_SAE, **settings)
 
 
-def local(s, lr, make, objective=None, **settings):
-    """Trained on activations alone."""
+def local(s, lr, make, objective=None, then=None, **settings):
+    """Trained on activations alone; `then` makes another SAE of it."""
     sae = make()
     s.train(sae, objective, 1, lr, **settings)
-    return sae
+    return then(sae, s.store.activations(50_000)) if then else sae
 
 
 def end_to_end(s, lr, make, objective, start=0.0, **settings):
@@ -100,7 +121,37 @@ def end_to_end_arms() -> dict:
     return arms
 
 
-GROUPS = {"e2e": end_to_end_arms}
+def choice_arms() -> dict:
+    arms, makers = {}, {"TopK": partial(new, k=K), "Mutual Choice": partial(new, MutualChoiceSAE, k=K)}
+    makers |= {
+        f"Feature Choice, {q}": partial(new, FeatureChoiceSAE, k=K, quotas=q) for q in ("zipf", "demand", "frozen")
+    }
+    for batch, rates in {1024: (0.0025, 0.005, 0.01), 4096: (0.005, 0.01, 0.02), 16384: (0.01, 0.02, 0.04)}.items():
+        for name, make in makers.items():
+            arms[f"{name}, batches of {batch}"] = partial(local, make=make, batch=batch), rates
+    return arms
+
+
+def baseline_arms() -> dict:
+    rates, topk, mutual = (0.0025, 0.005, 0.01), partial(new, k=K), partial(new, MutualChoiceSAE, k=K)
+    arms = {
+        "TopK": partial(local, make=topk),
+        "TopK, frozen decoder": partial(local, make=lambda: frozen(topk(), "decoder")),
+        "TopK, frozen encoder": partial(local, make=lambda: frozen(topk(), "encoder")),
+        "TopK, soft-frozen": partial(local, make=lambda: frozen(topk(), "decoder", 0.8)),
+        "TopK, stopped after 64 steps": partial(local, make=topk, stop_after=64),
+        "random directions": partial(local, make=topk, then=random_like),
+        "Mutual Choice": partial(local, make=mutual),
+        "Mutual Choice, nested": partial(local, make=mutual, objective=partial(nested_loss, prefixes=(64, 256, D_SAE))),
+    }
+    return {name: (function, rates) for name, function in arms.items()}
+
+
+GROUPS = {  # group: (arms, budgets of tokens)
+    "e2e": (end_to_end_arms, (600_000, 2_400_000)),
+    "choice": (choice_arms, (2_000_000,)),
+    "baselines": (baseline_arms, (600_000, 2_400_000)),
+}
 
 
 def measured(setting: Setting, function, lr: float) -> dict:
@@ -108,9 +159,37 @@ def measured(setting: Setting, function, lr: float) -> dict:
     sae = function(setting, lr)
     seconds = time.perf_counter() - start
     found = evaluate(sae, setting.lm, setting.rows, HOOK)
-    return {key: found[key] for key in ("l0", "fvu", "ce_increase", "kl", "gamma", "dead_fraction")} | {
-        "seconds": seconds
-    }
+    found = {key: found[key] for key in ("l0", "fvu", "ce_increase", "kl", "gamma", "dead_fraction")}
+    if isinstance(sae, MutualChoiceSAE):
+        found |= by_batch_and_threshold(sae, setting, function.keywords.get("batch", BATCH))
+    return found | {"seconds": seconds}
+
+
+@torch.no_grad()
+def by_batch_and_threshold(sae, setting: Setting, batch: int) -> dict:
+    """FVU by the training rule, and by thresholds at the realised L0 k, over shuffled validation activations."""
+    x = torch.cat([run_prefix(setting.lm, part, [HOOK])[HOOK][:, 1:].flatten(0, 1) for part in validation(setting)])
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(SEED))]
+    x = x[: len(x) // batch * batch]
+    training, equal = copy.deepcopy(sae).train(), copy.deepcopy(sae).eval()
+    outs = [training(part) for part in x.split(batch)]
+    low, high = 0.0, 16.0  # factors on the thresholds
+    for _ in range(30):
+        factor = (low + high) / 2
+        equal.threshold.copy_(sae.threshold * factor)
+        l0 = sum((equal(part).entries > 0).sum().item() for part in x.split(4096)) / len(x)
+        low, high = (factor, high) if l0 > K else (low, factor)
+    found = {"batch_fvu": batch_fvu(x, torch.cat([out.x_hat for out in outs])).item()}
+    found |= {"batch_l0": sum((out.entries > 0).sum().item() for out in outs) / len(x)}
+    found |= {"equal_fvu": batch_fvu(x, torch.cat([equal(part).x_hat for part in x.split(4096)])).item()}
+    found |= {"equal_l0": l0, "factor": factor}
+    if hasattr(sae, "law") and sae.law.any():
+        found["law_error"] = zipf_error(sae.demand, *sae.law.tolist())
+    return found
+
+
+def validation(setting: Setting) -> tuple[torch.Tensor, ...]:
+    return torch.from_numpy(setting.rows.astype("int64")).split(16)
 
 
 def main() -> None:
@@ -123,13 +202,15 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / f"{options.group}.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    arms = {name: arm for name, arm in GROUPS[options.group]().items() if options.only in name}
-    for n_tokens in () if options.table else (BUDGET, 4 * BUDGET):
+    make_arms, budgets = GROUPS[options.group]
+    arms = {name: arm for name, arm in make_arms().items() if options.only in name}
+    for n_tokens in () if options.table else budgets:
         setting = None
         for name, (function, rates) in arms.items():
             own = [row for row in done if row["arm"] == name]
-            if n_tokens > BUDGET:  # the rate that was best on the small budget
-                rates = [min((row for row in own if row["tokens"] == BUDGET), key=lambda row: row["ce_increase"])["lr"]]
+            if n_tokens > budgets[0]:  # the rate that was best on the first budget
+                first = [row for row in own if row["tokens"] == budgets[0]]
+                rates = [min(first, key=lambda row: row["ce_increase"])["lr"]]
             for lr in rates:
                 if any((row["tokens"], row["lr"]) == (n_tokens, lr) for row in own):
                     continue
@@ -140,11 +221,8 @@ def main() -> None:
                 print(done[-1], flush=True)
     table = pd.DataFrame(done)
     best = table.loc[table.groupby(["arm", "tokens"], sort=False)["ce_increase"].idxmin()]
-    edge = [
-        row.lr in (min(rates), max(rates))
-        for row in best.itertuples()
-        if (rates := GROUPS[options.group]()[row.arm][1])
-    ]
+    tried = {name: rates for name, (_, rates) in make_arms().items()}
+    edge = [row.lr in (min(tried[row.arm]), max(tried[row.arm])) for row in best.itertuples()]
     best["lr"] = [f"{lr:g}{'*' if at else ''}" for lr, at in zip(best["lr"], edge)]
     print(best.round(4).to_string(index=False))
 
