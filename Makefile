@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SWEEP ?= sweeps/laptop.toml
 ENGINE ?= local
+# processes of `make test`, each with one thread; conftest.py says what runs in one
+WORKERS ?= 2
 # threads that wait without spinning: otherwise a second busy process makes everything several times slower
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -16,8 +18,9 @@ NEEDS := $(VENV)/$(if $(filter ray,$(ENGINE)),optional,ready)
 run: $(NEEDS)
 	$(BIN)/python -m sae_utils.sweep $(SWEEP) --engine $(ENGINE)
 
+test: export OMP_NUM_THREADS ?= 1
 test: lint $(VENV)/optional
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS)
 
 lab: $(VENV)/ready
 	$(BIN)/jupyter lab notebooks

@@ -14,6 +14,28 @@ from papermill.translators import PythonTranslator
 from sae_utils.lab.parameters import combinations, notebooks, read_sweep
 
 FAST = Path(__file__).parent / "tests" / "fast.toml"
+FIRST = ["notebooks", "06", "test_sweep", "00", "test_notebooks"]  # the groups that take longest
+
+
+def group(nodeid):
+    """What one worker of xdist runs in order: a file, or the notebooks that need each other's runs with their tests.
+
+    07 and 08 compare the SAEs of 01 to 05. test_studies.py compares each chapter with its study.
+    """
+    file, _, test = nodeid.partition("::")
+    name = test.partition("[")[2] if file.endswith("test_studies.py") else Path(file).stem
+    return name if name.startswith("test_") else name[:2] if name[:2] in ("00", "06") else "notebooks"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hand out the groups in their order. The marks `xdist_group` of xdist 3.8 have no effect with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = group
+    return scheduler
 
 
 def pytest_configure(config):
@@ -33,7 +55,6 @@ def pytest_collection_modifyitems(config, items):
     if deselected := [item for item in items if any(map(item.get_closest_marker, absent))]:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
-    items.sort(key=lambda item: item.path.name == "test_studies.py")  # last: it reads the runs that nbval made
     for item in items:
         if isinstance(item, IPyNbCell) and "parameters" in item.cell.metadata.get("tags", []):
             if notebooks().get(item.path.stem) == item.path.resolve():
@@ -42,12 +63,29 @@ def pytest_collection_modifyitems(config, items):
                 except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
                     raise pytest.UsageError(error.args[0]) from None
                 item.cell.source += "\n" + PythonTranslator.codify(fast)
+    order = {name: at for at, name in enumerate(FIRST)}
+    items.sort(key=lambda item: (order.get(group(item.nodeid), len(FIRST)), item.path.name == "test_studies.py"))
+
+
+def pytest_deselected(items):
+    """A worker of xdist leaves the names of what it deselects to the run as a whole."""
+    for item in items:
+        if hasattr(item.config, "workeroutput"):
+            item.config.workeroutput.setdefault("deselected", []).append(item.nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Count once, in the closing line, what every worker of xdist has deselected."""
+    terminal = node.config.pluginmanager.get_plugin("terminalreporter")
+    names = getattr(node, "workeroutput", {}).get("deselected", [])
+    terminal.pytest_deselected([name for name in names if name not in terminal.stats.get("deselected", [])])
 
 
 def pytest_runtest_setup(item):
-    """Skip what follows a failing cell: nbval would go on without what that cell defines."""
+    """Cells after a failing one are not run, for want of what it defines: they fail as expected, in a line each."""
     if isinstance(item, IPyNbCell) and (failed := getattr(item.parent, "failed_cell", None)):
-        pytest.skip(f"{failed} failed")
+        pytest.xfail(f"{failed} failed")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -818,9 +818,19 @@ def test_ray_executes_two_at_once_and_goes_on_after_failures(notebook, tmp_path,
     assert sorted(log()) == [f"slow 8 {seed}" for seed in range(4)]
 
 
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray that runs already, with a GPU as if: nothing here needs one. Its start takes longer than a test."""
+    from ray.cluster_utils import Cluster
+
+    head = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "num_gpus": 1, "include_dashboard": False})
+    yield head
+    head.shutdown()
+
+
 @pytest.mark.ray
-def test_on_ray_two_runs_share_a_gpu_and_a_third_waits(notebook, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 3, "GPU": 1}')  # as if; nothing here needs one
+def test_on_ray_two_runs_share_a_gpu_and_a_third_waits(notebook, tmp_path, monkeypatch, cluster):
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     note = "import os, time; open(run.dir.parents[1] / 'clock', 'a').write(f'{time.time()} %s {os.environ[\"CUDA_VISIBLE_DEVICES\"]}\\n')"
     notebook("slow", note % "1", "time.sleep(5)", note % "-1")
     assert main(toml(tmp_path, "[slow]\nseed = [0, 1, 2]\n"), "--engine", "ray", "--gpus", "0.5") == 0
@@ -832,8 +842,8 @@ def test_on_ray_two_runs_share_a_gpu_and_a_third_waits(notebook, tmp_path, monke
 
 @pytest.mark.ray
 @pytest.mark.parametrize("gpus", ["2", "-1"])
-def test_on_ray_more_gpus_than_there_are_is_an_error(notebook, tmp_path, log, monkeypatch, capfd, gpus):
-    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 1, "GPU": 1}')
+def test_on_ray_more_gpus_than_there_are_is_an_error(notebook, tmp_path, monkeypatch, capfd, cluster, gpus):
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     notebook("one")
     assert main(toml(tmp_path, "[one]\n"), "--engine", "ray", "--gpus", gpus) == 2
     assert f"error: --gpus {gpus}: a run can have from 0 to the 1 GPUs" in capfd.readouterr().err
