@@ -157,7 +157,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop_at):
 
 def test_the_learning_rate_after_a_resampling():
     def recovery(step, resample):  # 80 steps: it takes 4 of them
-        return schedule(step, SimpleNamespace(n_steps=80, warmup=0, decay=0, resample=resample))
+        asked = SimpleNamespace(n_steps=80, warmup=0, decay=0, cosine=False, final_lr=0.0, resample=resample)
+        return schedule(step, asked)
 
     assert [recovery(step, [10]) for step in (9, 10, 14)] == pytest.approx([1, 0.1, 1])
     assert recovery(12, [10]) == pytest.approx(0.55)  # half way up half a cosine
