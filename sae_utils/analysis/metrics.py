@@ -98,7 +98,8 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
     l0, fvu, fvu_ordinary, gamma, gamma_centred, dead_fraction: `ReconstructionSums`; which norms are usual, the first 16 rows say.
     ce_clean, ce_sae, ce_zero, ce_mean: cross-entropy with the activation left alone, replaced by x̂, by zero, by its mean over
     these tokens. ce_increase: ce_sae − ce_clean. ce_recovered_zero, ce_recovered_mean: `ce_recovered` against the two
-    ablations (zero as in arXiv 2404.16014). kl: KL(orig ‖ new) of the predictions.
+    ablations (zero as in arXiv 2404.16014). kl: KL(orig ‖ new), a mean in nats over the same
+    predictions: those made at positions 1 … n_ctx − 2, whose next token is in the row.
 
     >>> rows = torch.arange(64).view(2, 32)
     >>> found = evaluate(TopKSAE(128, 256, k=8), lm, rows, "blocks.1.hook_resid_post")

@@ -85,7 +85,10 @@ class MutualChoiceSAE(ReluSAE):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> None:
-        """Set θ so that on these activations [..., d_in] (held out, thousands of tokens) the budget is met exactly."""
+        """Set θ so that on these activations [..., d_in] (held out, thousands of tokens) the budget is met exactly.
+
+        Raises ValueError if Feature Choice cannot give every latent one of k · n matches.
+        """
         smallest = self.choose(self.rows(x))[2].to(self.threshold.dtype)
         below = smallest.nextafter(torch.tensor(-math.inf).to(smallest)).clamp_min(0)  # z > θ lets the smallest in
         self.threshold.copy_(below.expand(self.d_sae))
@@ -170,6 +173,9 @@ class FeatureChoiceSAE(MutualChoiceSAE):
 
     def quotas_for(self, batch: int) -> Tensor:
         """m_i [d_sae] for a batch of this many tokens."""
+        if self.k * batch < self.d_sae:
+            least = math.ceil(self.d_sae / self.k)
+            raise ValueError(f"{batch:,} tokens are too few for one match for every latent: give at least {least:,}")
         if self.quotas == "demand":
             return shared_out(self.demand.double().cpu(), self.k * batch, batch).to(self.quota.device)
         quotas = zipf_quotas(self.k, batch, self.d_sae, *self.law.tolist(), check=self.s is not None)

@@ -79,7 +79,7 @@ def train(
 
     The first time an SAE is trained b_dec becomes the mean of the first batch, and the spread per coordinate of its ordinary
     tokens the unit of biases, so that the scale of x plays no part; a second `train` keeps both. `dead_after` becomes min(10M,
-    10% of the run's tokens). On one machine and number of threads equal seeds give equal bits on CPU, interrupted or not.
+    10% of the run's tokens), but no less than it was in a training before: a short second one cannot tell which latents are dead. On one machine and number of threads equal seeds give equal bits on CPU, interrupted or not.
     History: ~200 rows a SAE: step, tokens, lr, the objective's scalars (each averaged since the row before), dead (the share
     of dead latents), and with several SAEs `sae`, the name. A UserWarning says so if an objective's coefficient kills every
     latent, or none; if bf16 is not there; and if a few tokens of high norm (over 5 times the usual, as above) hold most of the
@@ -272,7 +272,8 @@ def begin(jobs: dict, x: Tensor, asked, anew: bool) -> tuple[Tensor, Tensor]:
     for name, (sae, _) in jobs.items() if anew else ():
         known = sae.x_scale.item()
         sae.initialise(sae.rows(rows))
-        sae.dead_after = min(10_000_000, max(1, asked.n_steps * len(rows) // 10))
+        window = min(10_000_000, max(1, asked.n_steps * len(rows) // 10))
+        sae.dead_after = max(window, sae.dead_after) if known else window
         if known and not 0.1 <= (ratio := scale_of(rows.float()).item() / known) <= 10:
             warnings.warn(
                 f"{f'{name!r}: ' if name else ''}x_scale={known:.3g} is from the SAE's first training, and these activations "

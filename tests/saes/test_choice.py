@@ -190,6 +190,9 @@ def test_calibrated_thresholds_meet_the_budget_and_inference_looks_at_one_token_
         sae(torch.randn(200, 16))
     sae.eval()
     x = torch.randn(2000, 16)
+    if cls is FeatureChoiceSAE:
+        with pytest.raises(ValueError, match="15 tokens are too few for one match for every latent: give at least 16"):
+            sae.calibrate(x[:15])
     sae.calibrate(x)
     latents = sae.encode(x)
     assert (latents > 0).sum() == 4 * 2000

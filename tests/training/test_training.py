@@ -349,6 +349,8 @@ def test_dead_after_is_a_tenth_of_the_run():
     sae = new_sae()
     run(sae, Stream())
     assert sae.dead_after == 60 * 64 // 10
+    run(sae, Stream(), n_steps=6)
+    assert sae.dead_after == 60 * 64 // 10, "a short second training keeps the window of the first"
 
 
 def test_learning_rate_rule_and_schedule():
