@@ -10,6 +10,8 @@ choice: TopK, Mutual Choice and Feature Choice over batch sizes. `batch_fvu` is 
 size that the arm was trained on; `equal_fvu` by thresholds, all multiplied by the one factor at which L0 is k on these tokens;
 `law_error` is `zipf_error`.
 baselines: TopK beside forms whose directions hardly learn.
+gsae: selection by gradients made in each step, in training only; `ce_with_g` and `kl_with_g` are with the gradient of
+KL(orig ‖ new) at x̂ at inference too, which needs no label.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import torch
 from sae_utils import (
     ActivationStore,
     FeatureChoiceSAE,
+    GradientSAE,
     MutualChoiceSAE,
     ReluSAE,
     TopKSAE,
@@ -36,9 +39,10 @@ from sae_utils import (
     tokens,
     train,
 )
-from sae_utils.activations.hooks import run_prefix
+from sae_utils.activations.hooks import run_prefix, run_spliced, token_loss
+from sae_utils.analysis.metrics import kl_divergence
 from sae_utils.saes.choice import zipf_error
-from sae_utils.training.end_to_end import Suffix, e2e_loss
+from sae_utils.training.end_to_end import Suffix, e2e_loss, selected_by_gradient
 from sae_utils.training.losses import batch_fvu, l1_loss, nested_loss, reconstruction_loss
 
 HOOK, D_SAE, K, BATCH, SEED = "blocks.3.hook_resid_pre", 1024, 8, 1024, 0
@@ -121,6 +125,29 @@ def end_to_end_arms() -> dict:
     return arms
 
 
+def gradient_arms() -> dict:
+    def without(sae, batch, suffix):
+        return reconstruction_loss(sae, batch | {"x": batch["x"][:, 1:]})
+
+    arms = {"TopK, without gradient": (partial(new, k=K), without)}
+    for beta in (1.0, 10.0):
+        signed = partial(new, GradientSAE, k=K, beta=beta, signed=True)
+        arms[f"−z d·g, KL at x̂, β {beta:g}"] = signed, selected_by_gradient
+        arms[f"−z d·g, KL at x̂, own position, β {beta:g}"] = signed, partial(selected_by_gradient, own=True)
+        for control in ("other tokens", "noise"):
+            arms[f"−z d·g, KL at x̂, {control}, β {beta:g}"] = signed, partial(selected_by_gradient, control=control)
+    arms["z |d·g|, CE at x, β 1"] = (
+        partial(new, GradientSAE, k=K, beta=1.0),
+        partial(selected_by_gradient, of="ce", at="x"),
+    )
+    arms["end to end"] = partial(new, k=K), e2e_loss
+    arms["balanced KL and FVU"] = partial(new, k=K), partial(e2e_loss, balanced=True)
+    return {
+        name: (partial(end_to_end, make=make, objective=objective), (0.0025, 0.005, 0.01))
+        for name, (make, objective) in arms.items()
+    }
+
+
 def choice_arms() -> dict:
     arms, makers = {}, {"TopK": partial(new, k=K), "Mutual Choice": partial(new, MutualChoiceSAE, k=K)}
     makers |= {
@@ -151,6 +178,7 @@ GROUPS = {  # group: (arms, budgets of tokens)
     "e2e": (end_to_end_arms, (600_000, 2_400_000)),
     "choice": (choice_arms, (2_000_000,)),
     "baselines": (baseline_arms, (600_000, 2_400_000)),
+    "gsae": (gradient_arms, (600_000,)),
 }
 
 
@@ -162,7 +190,24 @@ def measured(setting: Setting, function, lr: float) -> dict:
     found = {key: found[key] for key in ("l0", "fvu", "ce_increase", "kl", "gamma", "dead_fraction")}
     if isinstance(sae, MutualChoiceSAE):
         found |= by_batch_and_threshold(sae, setting, function.keywords.get("batch", BATCH))
+    if isinstance(sae, GradientSAE):
+        found |= with_gradient(sae, setting)
     return found | {"seconds": seconds}
+
+
+@torch.no_grad()
+def with_gradient(sae, setting: Setting) -> dict:
+    """CE increase and KL where the selection has the gradient of KL(orig ‖ new) at the plain x̂."""
+    ce, kl, n = 0.0, 0.0, 0
+    for rows in validation(setting):
+        x = run_prefix(setting.lm, rows, [HOOK])[HOOK]
+        g = setting.suffix.gradient({"x": x, "tokens": rows}, sae(x[:, 1:]).x_hat)
+        new = run_spliced(setting.lm, rows, HOOK, torch.cat([x[:, :1], sae(x[:, 1:], g).x_hat], 1))
+        clean = setting.lm(rows)
+        ce += (token_loss(new, rows) - token_loss(clean, rows))[:, 1:].sum().item()
+        kl += kl_divergence(clean[:, 1:-1], new[:, 1:-1]).sum().item()
+        n += rows[:, 2:].numel()
+    return {"ce_with_g": ce / n, "kl_with_g": kl / n}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..sparse.select_encode import Active, gradient_encode
-from ..values import real
+from ..values import flag, real
 from .base import SAEOutput
 from .topk import TopKSAE
 
@@ -20,6 +20,10 @@ class GradientSAE(TopKSAE):
     of |W_dec g| over latents and tokens with a gradient (0.99 of the old, 0.01 of each training batch; ours), so that β has no
     units. Before any training batch, m is the mean of the batch at hand. Without `grad`, in `encode`, or with β = 0: plain TopK.
 
+    signed: the k largest of z relu(1 − β W_dec g / m) instead: −W_dec_i · g is what a little more of latent i takes off the loss,
+    to first order, while |W_dec g| also prefers latents that harm (ours). As β grows the score becomes −z W_dec g.
+    `selected_by_gradient` trains with gradients that are made anew in each step, at x̂ say.
+
     Raises ValueError for a grad of another shape or β < 0, FloatingPointError for NaN or inf; all zeros give a UserWarning.
 
     >>> sae, x, g = GradientSAE(8, 32, k=2), torch.randn(5, 8), torch.randn(5, 8)
@@ -27,9 +31,9 @@ class GradientSAE(TopKSAE):
     torch.Size([5, 2])
     """
 
-    def __init__(self, d_in: int, d_sae: int, k: int = 32, beta: float = 1.0):
+    def __init__(self, d_in: int, d_sae: int, k: int = 32, beta: float = 1.0, signed: bool = False):
         super().__init__(d_in, d_sae, k)
-        self.beta = real("beta", beta, 0)
+        self.beta, self.signed = real("beta", beta, 0), flag("signed", signed)
         self.register_buffer("gradient_scale", torch.tensor(0.0))
 
     @property
@@ -56,7 +60,7 @@ class GradientSAE(TopKSAE):
             scale = sum((part @ self.W_dec.detach().T).abs().sum() for part in g.split(1024)) / n
         weight = self.beta / scale.clamp_min(torch.finfo(scale.dtype).tiny)
         weights = self.W_enc, self.b_enc, self.b_dec
-        values, active, total = gradient_encode(rows, *weights, self.k, g, self.W_dec, weight)
+        values, active, total = gradient_encode(rows, *weights, self.k, g, self.W_dec, weight, self.signed)
         if not torch.isfinite(total):
             raise FloatingPointError("grad is too large: the sum of |W_dec g| overflows. Divide grad by a constant")
         if self.training:

@@ -248,9 +248,11 @@ def topk_encode(x: Tensor, W: Tensor, b: Tensor, k: int, dtype: torch.dtype) -> 
 
 @encoder
 def gradient_encode(
-    x: Tensor, W: Tensor, b: Tensor, k: int, grad: Tensor, W_dec: Tensor, weight, dtype: torch.dtype
+    x: Tensor, W: Tensor, b: Tensor, k: int, grad: Tensor, W_dec: Tensor, weight, signed: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Active, Tensor]:
     """Like `topk_encode`, but the k are largest in z (1 + weight · |W_dec g|), g = grad [batch, d_in]; the values stay z.
+
+    signed: largest in z relu(1 − weight · W_dec g).
 
     As a third result the sum of |W_dec g| over tokens and latents. One product more than TopK.
     """
@@ -259,9 +261,10 @@ def gradient_encode(
     for part, g in zip(x.to(dtype).split(size), grad.to(dtype).split(size)):
         z, effect = workspace(2 * len(part), d_sae, dtype, x.device).split(len(part))
         torch.addmm(b, part, W, out=z)
-        torch.mm(g, D, out=effect).abs_()
-        total = total + effect.sum(dtype=torch.float32)
-        columns = largest(effect.mul_(weight).add_(1).mul_(z), k)[1]
+        torch.mm(g, D, out=effect)
+        total = total + (effect.abs() if signed else effect.abs_()).sum(dtype=torch.float32)
+        effect = effect.mul_(-weight).add_(1).relu_() if signed else effect.mul_(weight).add_(1)
+        columns = largest(effect.mul_(z), k)[1]
         found.append((z.gather(1, columns), columns))
     values, columns = map(torch.cat, zip(*found))
     return values.flatten(), Active.of_rows(columns, d_sae), total

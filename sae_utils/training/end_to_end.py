@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..activations.hooks import AllFound, check_hook, check_tokens, later_layers, splice
 from ..activations.store import weights_hash
-from ..values import flag, real
+from ..saes.base import inference
+from ..values import flag, one_of, real
 from .losses import batch_fvu, fvu_of, own_objective
 
 AT_ONCE = 2**24  # entries of [tokens, d_vocab] that exist at a time: 64 MiB in fp32
@@ -115,6 +116,57 @@ class Suffix:
         """KL(orig ‖ new) = Σ_v p_orig (log p_orig − log p_new), a mean over tokens, in nats; last [tokens, d_model] of the new run."""
         return KLOrigNew.apply(last, clean, self)
 
+    def gradient(
+        self, batch: dict, at: Tensor | None = None, of: str = "kl", own: bool = False, seed: int = 0
+    ) -> Tensor:
+        """g = ∇ Σ_p loss_p at an activation `at` [rows, n_ctx − 1, d_in] that takes the place of x at positions ≥ 1; shaped like it.
+
+        at: x̂ say; None is x itself. A sum over positions, in nats: g does not shrink with the batch.
+        of: "kl" is KL(orig ‖ new), whose gradient at x is 0. "ce" is the cross-entropy of the next token, which therefore leaks
+        into g. "sampled" is that of a token drawn from the clean predictions, which does not.
+        own: of every position the gradient of its own loss alone, without later positions that read it. It is an estimate
+        without bias: losses get random signs ε_p, and g_p the sign of its position, so that what the others add has mean 0.
+        seed: of samples and signs, together with the batch's tokens.
+
+        Raises ValueError for another `of`, an `at` of another shape, or KL at x.
+        """
+        one_of("of", of, ("kl", "ce", "sampled"))
+        clean = self.clean(batch)
+        if at is None and of == "kl":
+            raise ValueError(
+                "of='kl' at x: KL(orig ‖ new) is least there and has no gradient. Give at=x_hat, or of='sampled'"
+            )
+        if at is not None and at.shape != clean.x[:, 1:].shape:
+            raise ValueError(f"at has shape {list(at.shape)}: it has to be {list(clean.x[:, 1:].shape)}, positions ≥ 1")
+        generator = torch.Generator().manual_seed((seed + int(clean.tokens.sum())) % 2**32)
+        signs = (
+            torch.randint(0, 2, clean.last.shape[:1], generator=generator).to(clean.x) * 2 - 1
+            if own
+            else clean.x.new_ones(())
+        )
+        counts = torch.ones_like(clean.tokens[:, 1:])
+        counts[:, -1] = of != "ce"  # the last position has no next token
+        next_tokens = clean.tokens[:, 1:].roll(-1, 1).flatten().long()
+        gradients, weights = [], (counts.flatten() * signs).split(len(self.chunks(clean.last)[0]))
+        with torch.enable_grad():
+            point = (clean.x[:, 1:] if at is None else at).detach().clone().requires_grad_()
+            last, _ = self.run(clean.tokens, torch.cat([clean.x[:, :1].to(point), point], 1), [])
+            parts = zip(self.chunks(last), self.chunks(clean.last), weights, next_tokens.split(len(weights[0])))
+            for part, known, weight, target in parts:
+                part = part.detach().requires_grad_()
+                logits = self.logits(part)
+                by_logits = log_softmax(logits.detach()).exp_()
+                if of != "ce":
+                    p = probabilities(self.logits(known.detach()))[0].detach()
+                    target = p if of == "kl" else torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(p.device)
+                if of == "kl":
+                    by_logits -= p
+                else:
+                    by_logits[torch.arange(len(target)), target] -= 1
+                gradients += torch.autograd.grad(logits, part, (by_logits * weight[:, None]).to(logits.dtype))
+            (g,) = torch.autograd.grad(last, point, torch.cat(gradients).to(last.dtype))
+        return g * signs.view(*g.shape[:2], 1) if own else g
+
 
 def log_softmax(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -202,3 +254,35 @@ def e2e_loss(
 def e2e_downstream_loss(sae, batch, *, suffix: Suffix, kl: float = 0.5, beta: float = 1.0, **settings):
     """e2e+ds (arXiv 2405.12241): ½ KL(orig ‖ new) + β/L · Σ of the FVUs of the L later resid_pre, and what else `local` has."""
     return e2e_loss(sae, batch, suffix=suffix, kl=kl, beta=beta, **settings)
+
+
+def selected_by_gradient(
+    sae, batch, *, suffix: Suffix, of: str = "kl", at: str = "x_hat", own: bool = False, control: str = "", local=None
+) -> dict[str, Tensor]:
+    """`local` of a `GradientSAE` whose `grad` is made in each step: `Suffix.gradient` at x, or at the x̂ of its plain selection.
+
+    batch: whole rows, x [rows, n_ctx, d_in] and tokens; the SAE sees positions ≥ 1. The gradient costs a run of the layers after
+    the hook, forward and backward; the SAE's own weights get none through it. local: the objective of the class if None.
+    control: "other tokens" permutes the gradients over the batch's tokens; "noise" puts isotropic noise in their place, of the
+    same mean |W_dec g| on every token. With either, what the gradient knows of its token is gone.
+
+    Raises ValueError for another `at`, `of` or `control`.
+    """
+    one_of("at", at, ("x_hat", "x"))
+    one_of("control", control, ("", "other tokens", "noise"))
+    x = batch["x"][:, 1:]
+    with torch.no_grad(), inference(sae):
+        x_hat = sae(x).x_hat if at == "x_hat" else None
+    g = suffix.gradient(batch, x_hat, of, own)
+    generator = torch.Generator().manual_seed(int(batch["tokens"].sum()) % 2**32)
+    rows = g.flatten(0, 1)
+    if control == "other tokens":
+        rows = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+    if control == "noise":
+        noise = torch.randn(rows.shape, generator=generator).to(rows)
+        effect, of_noise = ((v @ sae.W_dec.detach().T.to(v)).abs().mean(1, keepdim=True) for v in (rows, noise))
+        rows = noise * effect / of_noise
+    return (local or own_objective(sae))(sae, batch | {"x": x, "grad": rows.view(g.shape)})
+
+
+selected_by_gradient.gives_grad = True

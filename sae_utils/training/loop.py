@@ -248,11 +248,12 @@ def check_batch(jobs: dict, batch: dict, step: int, asked, left: str = "") -> No
             f"{which} holds one token{left}, x of shape {list(x.shape)}: a batch needs two at least, since FVU is measured against "
             f"their variance. A DataLoader has drop_last=True; activations [n, d_in] in one tensor or array `train` cuts itself"
         )
-    for name, (sae, _) in jobs.items():
+    for name, (sae, loss) in jobs.items():
         about = f"{name!r}, " if name else ""
         if x.shape[-1] != sae.d_in:
             raise ValueError(f"x has shape {list(x.shape)}; its last axis has to be d_in={sae.d_in} of {about}{sae}")
-        if sae.needs_grad and batch.get("grad") is None:
+        makes_it = getattr(getattr(loss, "func", loss), "gives_grad", False)
+        if sae.needs_grad and not makes_it and batch.get("grad") is None:
             raise ValueError(
                 f"{about}{type(sae).__name__} selects by the gradient, and {which} has no 'grad'. {GRADIENTS}"
             )

@@ -264,7 +264,8 @@ def extra(sae, out, name: str, objective: str) -> Tensor:
 
 
 GRADIENTS = (
-    "ActivationStore(..., gradients=True) stores it; in a stream of your own each batch is {'x': x, 'grad': grad}"
+    "ActivationStore(..., gradients=True) stores it; in a stream of your own each batch is {'x': x, 'grad': grad}; "
+    "the objective selected_by_gradient makes it"
 )
 
 

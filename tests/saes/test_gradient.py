@@ -80,7 +80,7 @@ def test_saved_and_loaded_it_is_the_same_class(made, tmp_path):
     sae, x, g = made
     sae(x, g)
     loaded = load_sae(save_sae(sae, tmp_path / "gsae"))
-    assert type(loaded) is GradientSAE and loaded.arguments == {"d_in": 12, "d_sae": 100, "k": 5, "beta": 2.0}
+    assert type(loaded) is GradientSAE and loaded.arguments == sae.arguments and not loaded.signed
     assert torch.equal(loaded(x, g).x_hat, sae.eval()(x, g).x_hat)
 
 
@@ -167,3 +167,19 @@ def test_objectives_by_hand():
     assert w["loss"].item() == pytest.approx(2.5 + 0.5 * 13 / 79)
     with pytest.raises(ValueError, match="no 'grad'"):
         attribution_loss(sae, x)
+
+
+def test_signed_selection_is_that_of_the_dense_form(made):
+    sae, x, g = made
+    signed = GradientSAE(12, 100, k=5, beta=0.7, signed=True).double().eval()
+    signed.load_state_dict(sae.state_dict())
+    z = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+    effect = g @ sae.W_dec.T
+    score = z * (1 - 0.7 * effect / effect[(g != 0).any(1)].abs().mean()).relu()
+    expected = torch.zeros_like(z).scatter(1, (top := score.topk(5, dim=1).indices), z.gather(1, top))
+    chosen = signed(x, g).latents
+    assert torch.allclose(chosen, expected) and not torch.allclose(chosen, sae.eval()(x, g).latents)
+    signed.train()(x, g)
+    assert torch.isclose(signed.gradient_scale, effect[(g != 0).any(1)].abs().mean().detach(), rtol=1e-6)
+    with pytest.raises(ValueError, match="signed=1: it has to be True or False"):
+        GradientSAE(12, 100, signed=1)
