@@ -1,0 +1,61 @@
+"""What scores know of a swap of latents: Spearman correlations with the true change of KL, and 95% intervals over rows.
+
+    python benchmarks/swaps.py [--rows 16] [--each 160]
+
+A TopK SAE (d_sae 1,024, k 8, 600,000 tokens, seed 0) on layer 3 of python-lm, validation files. `kl` is the change summed over the
+row, `kl_own` at the token alone; small, middle and large are thirds by the size of the latent that goes.
+"""
+
+import argparse
+
+import numpy as np
+import pandas as pd
+import torch
+
+from sae_utils import ActivationStore, TopKSAE, held_out, load_language_model, tokens, train
+from sae_utils.activations.hooks import run_prefix
+from sae_utils.analysis.swaps import swaps
+from sae_utils.training.end_to_end import Suffix
+
+HOOK = "blocks.3.hook_resid_pre"
+
+
+def correlations(found: pd.DataFrame) -> pd.DataFrame:
+    """Spearman correlation of each score with kl and kl_own, and with kl in each third."""
+    third = pd.qcut(found["size"], 3, labels=["small", "middle", "large"])
+    parts = {"kl": found, "kl_own": found} | {f"kl, {name}": found[third == name] for name in third.cat.categories}
+    scores = found.columns.drop(["row", "position", "size", "kl", "kl_own"])
+    return pd.DataFrame(
+        {name: part[scores].corrwith(part[name.partition(",")[0]], method="spearman") for name, part in parts.items()}
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--each", type=int, default=160, help="swaps in each row")
+    options = parser.parse_args()
+    lm = load_language_model("python-lm")
+    n_ctx, suffix = lm.cfg.n_ctx, Suffix(lm, HOOK)
+    store = ActivationStore(lm, tokens("python-source", lm.tokenizer, n_ctx, 600_000, spread=16), HOOK)
+    torch.manual_seed(0)
+    sae = TopKSAE(store.d_in, 1024, k=8)
+    train(sae, store.batches(1024, 0), n_steps=len(store) // 1024, lr=0.005)
+    rows = held_out("python-source", lm.tokenizer, n_ctx, options.rows * n_ctx, "validation")[: options.rows]
+    found = []
+    for i, row in enumerate(torch.from_numpy(rows.astype("int64"))):
+        batch = {"tokens": row[None], "x": run_prefix(lm, row[None], [HOOK])[HOOK]}
+        found.append(swaps(sae, suffix, batch, options.each, seed=i).assign(row=i))
+    table = correlations(pd.concat(found))
+    generator = np.random.default_rng(0)
+    draws = [
+        correlations(pd.concat([found[i] for i in generator.integers(len(found), size=len(found))])) for _ in range(200)
+    ]
+    low, high = np.quantile([draw.to_numpy() for draw in draws], [0.025, 0.975], axis=0)
+    for j, column in enumerate(table):
+        table[column] = [f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in zip(table[column], low[:, j], high[:, j])]
+    print(f"{len(found) * options.each:,} swaps in {len(found)} rows\n{table.to_string()}")
+
+
+if __name__ == "__main__":
+    main()
