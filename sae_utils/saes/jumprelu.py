@@ -94,4 +94,5 @@ def to_jumprelu(sae: GatedSAE) -> JumpReluSAE:
     made.threshold.copy_((sae.b_mag - scale * sae.b_gate).clamp_min(0))
     for name in ("W_dec", "b_dec", "tokens_since_fired", "initialised", "x_scale"):
         getattr(made, name).copy_(getattr(sae, name))
+    made.dead_after = sae.dead_after
     return made.train(sae.training)

@@ -118,7 +118,9 @@ def test_gated_gradients_equal_the_equations_written_out():
 def test_the_jumprelu_form_is_exact():
     sae, x = random_gated()
     assert (sae.b_mag - sae.r_mag.exp() * sae.b_gate < 0).any(), "the max of the threshold should matter"
+    sae.dead_after = 7
     jump = to_jumprelu(sae.double().eval())
+    assert torch.equal(jump.dead(), sae.dead()) and jump.dead_after == 7
     assert isinstance(jump, JumpReluSAE) and (jump.threshold >= 0).all()
     torch.testing.assert_close(jump.encode(x.double()), sae.encode(x.double()))
     torch.testing.assert_close(jump(x.double()).x_hat, sae(x.double()).x_hat)
