@@ -91,7 +91,8 @@ class ActivationStore:
         append = {}
         with contextlib.ExitStack() as stack:
             for start in range(0, len(self.rows), batch_rows):
-                tokens = self.tokens(slice(start, start + batch_rows))
+                part = self.rows[start : start + batch_rows].astype(np.int64)
+                tokens = torch.from_numpy(part).to(self.device)
                 if gradient in names:
                     found, grad = run_with_gradient(lm, tokens, hooks, self.hook_names[0])
                     found[gradient] = grad
@@ -105,9 +106,6 @@ class ActivationStore:
                     stored = x.to(self.dtype_of(name))
                     check_finite(name, x, stored, start)
                     append[name](stored.cpu().view(torch.int16).numpy().view(np.uint16))
-
-    def tokens(self, rows) -> Tensor:
-        return torch.from_numpy(self.rows[rows].astype(np.int64)).to(self.device)
 
     def __len__(self) -> int:
         """Number of activations that `batches` draws from."""
