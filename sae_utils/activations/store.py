@@ -47,8 +47,7 @@ class ActivationStore:
         for name in self.hook_names:
             check_hook(lm, name)
         if held := [name for name, hook in lm.hook_dict.items() if hook.fwd_hooks or hook.bwd_hooks]:
-            change = "which would change what is stored: lm.reset_hooks()"
-            raise ValueError(f"the model has hooks of its own at {held[0]}, {change}")
+            raise ValueError(f"the model has hooks of its own at {held[0]}, which change its values: lm.reset_hooks()")
         self.skip, batch_rows = int(flag("skip_first", skip_first)), whole("batch_rows", batch_rows)
         self.rows = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
         check_tokens(lm, self.rows)
