@@ -9,6 +9,7 @@ import difflib
 import functools
 import re
 import warnings
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -97,7 +98,6 @@ def run_prefix(lm, tokens: Tensor, hook_names: list[str]) -> dict[str, Tensor]:
     >>> run_prefix(lm, torch.tensor([[1, 2, 3]]), ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"].shape
     torch.Size([1, 3, 128])
     """
-    hook_names = [hook_names] if isinstance(hook_names, str) else hook_names
     for name in hook_names:
         check_name(lm, name)
     check_tokens(lm, tokens)
@@ -133,7 +133,14 @@ def run_spliced(lm, tokens: Tensor, hook_name: str, replace, hooks=()) -> Tensor
 
 
 def splice(lm, tokens: Tensor, hook_name: str, replace, hooks=(), n_idle: int = 0) -> Tensor:
-    """`run_spliced` without its checks, with the first n_idle blocks left out."""
+    """`run_spliced` without its checks; the first n_idle blocks hand on the residual stream, and their hooks still see it.
+
+    TransformerLens' `start_at_layer` computes the early blocks and throws the result away; this does not.
+    """
+    n_more = n_outputs(lm) - 1 if n_idle else 0
+
+    def hand_on(hidden_states, *args, **kwargs):
+        return hidden_states if n_more < 0 else (hidden_states, *[None] * n_more)
 
     def put(activation, hook):
         flat = activation.flatten(2)
@@ -143,7 +150,9 @@ def splice(lm, tokens: Tensor, hook_name: str, replace, hooks=(), n_idle: int = 
             raise ValueError(f"the replacement at {hook_name} is {described(new)}: it has to be {wanted}")
         return new.to(activation).reshape(activation.shape).contiguous()  # some layers view it
 
-    with idle(lm, n_idle):
+    with contextlib.ExitStack() as idle:
+        for block in lm.blocks[:n_idle]:
+            idle.enter_context(patch.object(block.original_component, "forward", hand_on))
         return lm.run_with_hooks(tokens, fwd_hooks=[(hook_name, put), *hooks])
 
 
@@ -176,30 +185,6 @@ def later_layers(lm, hook_name: str) -> list[str]:
     at = re.match(r"blocks\.(\d+)\.(.*)", hook_name)
     first = int(at[1]) + (2 if at[2] in ("hook_resid_post", "hook_out") else 1) if at else lm.cfg.n_layers
     return [f"blocks.{layer}.hook_resid_pre" for layer in range(first, lm.cfg.n_layers)]
-
-
-@contextlib.contextmanager
-def idle(lm, n_blocks: int):
-    """Make the first blocks hand on the residual stream as they get it; their hooks still see it.
-
-    TransformerLens' `start_at_layer` computes the early blocks and throws the result away; this does not.
-    """
-    layers = [block.original_component for block in lm.blocks[:n_blocks]]
-    own = [vars(layer).get("forward") for layer in layers]  # what TransformerLens has put in place of the class's own
-    n_more = n_outputs(lm) - 1 if layers else 0
-
-    def hand_on(hidden_states, *args, **kwargs):
-        return hidden_states if n_more < 0 else (hidden_states, *[None] * n_more)
-
-    try:
-        for layer in layers:
-            layer.forward = hand_on
-        yield
-    finally:
-        for layer, forward in zip(layers, own):
-            del layer.forward  # the class's own comes back
-            if forward is not None:
-                layer.forward = forward
 
 
 def n_outputs(lm) -> int:

@@ -1,8 +1,4 @@
-"""Language models: which one a name means, loaded and checked.
-
-A model is a `TransformerBridge` of TransformerLens over raw Hugging Face weights (LayerNorm not folded, writing weights not
-centred).
-"""
+"""Language models: which one a name means, loaded and checked."""
 
 import warnings
 from importlib.metadata import version
@@ -11,8 +7,7 @@ from pathlib import Path
 import torch
 
 from ..device import resolve_device
-from ..files import BUILTIN_MODEL as BUILTIN
-from ..files import offline
+from ..files import BUILTIN_MODEL, offline
 from ..values import one_of
 from .hooks import agree
 from .model_files import MODEL_FILES, check_files, find_model, no_model
@@ -61,8 +56,10 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {first:.160}"
 
 
-def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float32"):
-    """A frozen TransformerBridge in eval mode, with its tokenizer as `.tokenizer`.
+def load_language_model(model: str = BUILTIN_MODEL, device: str = "auto", dtype="float32"):
+    """A frozen TransformerBridge of TransformerLens in eval mode, with its tokenizer as `.tokenizer`.
+
+    It runs on the raw Hugging Face weights: LayerNorm is not folded, and writing weights are not centred.
 
     model: `"python-lm"`, a local Hugging Face directory (no hub call is made), or a hub name, with `@revision` if wanted.
     dtype: "float32", "bfloat16", "float16" or "float64", or torch's own.
@@ -102,16 +99,12 @@ def load_language_model(model: str = BUILTIN, device: str = "auto", dtype="float
         raise
     except Exception as error:  # whatever the two libraries raise for a family that they do not know
         other = "" if dtype == torch.float32 else "dtype='float32', or "
-        raise ValueError(
-            f"model={model!r}: TransformerLens {version('transformer-lens')} cannot run it (family {config.model_type!r}; "
-            f"{brief(error)}). Use {other}{families}"
-        ) from error
+        why = f"cannot run it (family {config.model_type!r}; {brief(error)}). Use {other}{families}"
+        raise ValueError(f"model={model!r}: TransformerLens {version('transformer-lens')} {why}") from error
     # Falcon's eager attention, which hooks need, adds the biases of ALiBi twice
     if not same or getattr(config, "alibi", False):
-        raise ValueError(
-            f"model={model!r}: on the same tokens, its logits in TransformerLens are not those of transformers, or they "
-            f"depend on later tokens. Nothing can be measured on it: use {families}"
-        )
+        why = "its logits in TransformerLens are not those of transformers, or they depend on later tokens"
+        raise ValueError(f"model={model!r}: on the same tokens, {why}. Nothing can be measured on it: use {families}")
     for name in ("eos_token", "bos_token"):  # TransformerLens invents those that a tokenizer does not have
         if getattr(tokenizer, name) is None:
             setattr(lm.tokenizer, name, None)

@@ -16,10 +16,8 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 HUB_NAME = r"\w[\w.-]*/[\w.-]+(@.+)?"
 HUB_SECONDS = 5  # how long the hub may take to answer whether it has a data set
-ALLOWED = (
-    f"Allowed: {BUILTIN!r}, a {', '.join(SUFFIXES)} file, also compressed (.txt{', .txt'.join(COMPRESSED)}), "
-    "a directory of them, or a hub name owner/name[@revision]."
-)
+ALLOWED = f"Allowed: {BUILTIN!r}, a {', '.join(SUFFIXES)} file, also compressed (.txt{', .txt'.join(COMPRESSED)}), "
+ALLOWED += "a directory of them, or a hub name owner/name[@revision]."
 
 
 def find(dataset) -> str | Path:
@@ -34,12 +32,10 @@ def find(dataset) -> str | Path:
         return path
     beside = os.listdir(path.parent)[:1000] if os.path.isdir(path.parent) else []
     guess = near(path.name, [BUILTIN, *sorted(beside)])
-    if kind_of(path)[0] in SUFFIXES or not re.fullmatch(HUB_NAME, name):
-        raise FileNotFoundError(f"dataset={name!r:.80}: no such file or directory{guess}. {ALLOWED}")
-    if offline():
-        raise FileNotFoundError(
-            f"dataset={name!r} is no local path{guess}, and HF_HUB_OFFLINE forbids the hub. {ALLOWED}"
-        )
+    impossible = kind_of(path)[0] in SUFFIXES or not re.fullmatch(HUB_NAME, name)  # on the hub
+    if impossible or offline():
+        hub = "" if impossible else ", and HF_HUB_OFFLINE forbids the hub"
+        raise FileNotFoundError(f"dataset={name!r:.80}: no such file or directory{guess}{hub}. {ALLOWED}")
     return name
 
 

@@ -47,8 +47,7 @@ class ActivationStore:
         for name in self.hook_names:
             check_hook(lm, name)
         if held := [name for name, hook in lm.hook_dict.items() if hook.fwd_hooks or hook.bwd_hooks]:
-            change = "which would change what is stored: lm.reset_hooks()"
-            raise ValueError(f"the model has hooks of its own at {held[0]}, {change}")
+            raise ValueError(f"the model has hooks of its own at {held[0]}, which change its values: lm.reset_hooks()")
         self.skip, batch_rows = int(flag("skip_first", skip_first)), whole("batch_rows", batch_rows)
         self.rows = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
         check_tokens(lm, self.rows)
@@ -91,7 +90,8 @@ class ActivationStore:
         append = {}
         with contextlib.ExitStack() as stack:
             for start in range(0, len(self.rows), batch_rows):
-                tokens = self.tokens(slice(start, start + batch_rows))
+                part = self.rows[start : start + batch_rows].astype(np.int64)
+                tokens = torch.from_numpy(part).to(self.device)
                 if gradient in names:
                     found, grad = run_with_gradient(lm, tokens, hooks, self.hook_names[0])
                     found[gradient] = grad
@@ -105,9 +105,6 @@ class ActivationStore:
                     stored = x.to(self.dtype_of(name))
                     check_finite(name, x, stored, start)
                     append[name](stored.cpu().view(torch.int16).numpy().view(np.uint16))
-
-    def tokens(self, rows) -> Tensor:
-        return torch.from_numpy(self.rows[rows].astype(np.int64)).to(self.device)
 
     def __len__(self) -> int:
         """Number of activations that `batches` draws from."""

@@ -209,8 +209,7 @@ def documents(dataset, split, text_field="text", config="", deduplicate=True, lo
         found = distinct(read_local(source, text_field, lost), deduplicate, lost)
         texts = [text for _, text in sorted(found, key=lambda document: name_hash(document[0]))]
         if not texts:
-            empty = f"every document is empty (text_field={text_field!r})"
-            raise ValueError(f"dataset={str(source)!r} holds no text: {empty}")
+            raise ValueError(f"dataset={str(source)!r} holds no text: documents are empty (text_field={text_field!r})")
         few = len(texts) < FEW_DOCUMENTS
         yield from filter(None, (part(text, split) for text in texts)) if few else part(texts, split)
 
