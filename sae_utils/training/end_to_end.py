@@ -285,4 +285,4 @@ def selected_by_gradient(
     return (local or own_objective(sae))(sae, batch | {"x": x, "grad": rows.view(g.shape)})
 
 
-selected_by_gradient.gives_grad = True
+selected_by_gradient.gives_grad = True  # so `train` asks none of the stream
