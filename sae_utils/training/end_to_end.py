@@ -266,11 +266,13 @@ def selected_by_gradient(
     control: "other tokens" permutes the gradients over the batch's tokens; "noise" puts isotropic noise in their place, of the
     same mean |W_dec g| on every token. With either, what the gradient knows of its token is gone.
 
-    Raises ValueError for another `at`, `of` or `control`.
+    Raises ValueError for another `at`, `of` or `control`, for batches that are not whole rows, or an SAE of another class.
     """
     one_of("at", at, ("x_hat", "x"))
     one_of("control", control, ("", "other tokens", "noise"))
-    x = batch["x"][:, 1:]
+    if not hasattr(sae, "gradient_scale"):
+        raise ValueError(f"{type(sae).__name__} selects without a gradient: selected_by_gradient is for a GradientSAE")
+    x = suffix.clean(batch).x[:, 1:]
     with torch.no_grad(), inference(sae):
         x_hat = sae(x).x_hat if at == "x_hat" else None
     g = suffix.gradient(batch, x_hat, of, own)

@@ -157,6 +157,8 @@ def test_bad_values_are_refused(setting):
         (lambda: suffix.gradient(batch), "of='kl' at x: .*has no gradient"),
         (lambda: suffix.gradient(batch, batch["x"]), r"at has shape \[2, 10, 16\]: it has to be \[2, 9, 16\]"),
         (lambda: selected_by_gradient(GradientSAE(16, 64), batch, suffix=suffix, at="y"), "at='y'"),
+        (lambda: selected_by_gradient(TopKSAE(16, 64), batch, suffix=suffix), "TopKSAE selects without a gradient"),
+        (lambda: selected_by_gradient(GradientSAE(16, 64), {"x": batch["x"][0]}, suffix=suffix), "whole_rows=True"),
         (
             lambda: selected_by_gradient(GradientSAE(16, 64), batch, suffix=suffix, control="shuffled"),
             "control='shuffled'",
