@@ -157,7 +157,9 @@ def read_sae(path: Path):
             sae.to(getattr(torch, cfg["dtype"].removeprefix("torch.")))
         sae.load_state_dict(state)
     except KeyError as error:
-        raise ValueError(f"{path} is not a whole SAE directory: {error} is missing") from None
+        raise ValueError(
+            f"{path} is not a whole SAE directory: {error} is missing. If an earlier version saved it, train it anew"
+        ) from None
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole SAE directory: {error}") from None
     if ours and "sha256" not in ours:
