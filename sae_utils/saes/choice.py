@@ -14,7 +14,7 @@ from torch import Tensor
 from ..sparse.choice import feature_encode, mutual_encode
 from ..sparse.select_encode import Active, relu_encode
 from ..values import one_of, real, whole
-from .base import SAEOutput
+from .base import SAEOutput, inference
 from .relu import ReluSAE
 
 QUOTAS = ("zipf", "demand", "frozen")
@@ -89,7 +89,8 @@ class MutualChoiceSAE(ReluSAE):
 
         Raises ValueError if Feature Choice cannot give every latent one of k · n matches.
         """
-        smallest = self.choose(self.rows(x))[2].to(self.threshold.dtype)
+        with inference(self):
+            smallest = self.choose(self.rows(x))[2].to(self.threshold.dtype)
         below = smallest.nextafter(torch.tensor(-math.inf).to(smallest)).clamp_min(0)  # z > θ lets the smallest in
         self.threshold.copy_(below.expand(self.d_sae))
 
@@ -157,7 +158,8 @@ class FeatureChoiceSAE(MutualChoiceSAE):
             given = (0.0, 0.0) if self.s is None else (self.s, self.q)  # at (0, 0) all get k · B / d_sae
             zipf_quotas(self.k, len(rows), self.d_sae, *given)  # refuses a batch too small, in warm-up too
             was_warm = self.warm.item()
-            self.warm.fill_(self.tokens_seen < (self.dead_after if self.warmup_tokens is None else self.warmup_tokens))
+            warmup = self.dead_after if self.warmup_tokens is None else self.warmup_tokens
+            self.warm.fill_(was_warm and self.tokens_seen.item() < warmup)  # once over it does not come back
             if self.warm or self.quotas != "frozen":
                 found = super().choose(rows)
                 self.follow(self.demand, *found[:2], len(rows))

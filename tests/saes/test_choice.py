@@ -312,3 +312,17 @@ def test_wrong_settings_are_named():
         FeatureChoiceSAE(4, 8, 2, s=1, q=0, quotas="demand")
     with pytest.raises(ValueError, match="aux_zipf_loss does not fit TopKSAE, which keeps no running density"):
         aux_zipf_loss(TopKSAE(4, 8, 2), torch.randn(16, 4))
+
+
+def test_a_warm_up_does_not_come_back_and_calibrating_moves_nothing_but_thresholds():
+    torch.manual_seed(0)
+    sae, x = FeatureChoiceSAE(8, 32, k=2, quotas="frozen"), torch.randn(4096, 8)
+    train(sae, x, n_steps=40, batch_size=256, progress=False)
+    law = sae.law.clone()
+    train(sae, x, n_steps=400, batch_size=256, stop_after=10, progress=False)
+    assert not sae.warm and torch.equal(sae.law, law)
+    before = {key: value.clone() for key, value in sae.train().state_dict().items() if key != "threshold"}
+    sae.calibrate(x[:2000])
+    assert sae.training and all(
+        torch.equal(value, before[key]) for key, value in sae.state_dict().items() if key in before
+    )
