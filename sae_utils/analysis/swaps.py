@@ -44,19 +44,17 @@ def swaps(sae, suffix: Suffix, batch: dict, n: int = 256, seed: int = 0, at_once
     able = (top.values[..., -1] > 0).nonzero()
     at = able[torch.randint(len(able), (whole("n", n),), generator=generator).to(able.device)].T
     values, indices = top.values[*at], top.indices[*at]
-    ranks = torch.randint(sae.k, (2, n), generator=generator).to(at.device) + torch.tensor(
-        [[0], [sae.k]], device=at.device
-    )
+    ranks = torch.randint(sae.k, (2, n), generator=generator).to(at.device)
+    ranks[1] += sae.k
     (z_out, z_in), (out, into) = values.gather(1, ranks.T).T, indices.gather(1, ranks.T).T
     delta = z_in[:, None] * sae.W_dec[into] - z_out[:, None] * sae.W_dec[out]
 
+    clean = suffix.clean(batch).last.view(*x.shape[:2], -1)
+
     def kls(x_hat, rows):
         """KL(orig ‖ new) at positions ≥ 1, [rows, n_ctx − 1]."""
-        clean, tokens = suffix.clean(batch), batch["tokens"][rows]
-        last, _ = suffix.run(tokens, torch.cat([batch["x"][rows, :1].to(x_hat), x_hat], 1), [])
-        return kl_divergence(
-            suffix.logits(clean.last.view(*x.shape[:2], -1)[rows]), suffix.logits(last).view(*tokens[:, 1:].shape, -1)
-        )
+        last, _ = suffix.run(batch["tokens"][rows], torch.cat([batch["x"][rows, :1].to(x_hat), x_hat], 1), [])
+        return kl_divergence(suffix.logits(clean[rows]), suffix.logits(last.view_as(clean[rows])))
 
     before, parts = kls(x_hat, torch.arange(len(x))), []
     for part in torch.arange(n).split(at_once):
@@ -89,10 +87,8 @@ def swaps(sae, suffix: Suffix, batch: dict, n: int = 256, seed: int = 0, at_once
     gradients["kl own at x̂"] = sum(own) / len(own)
     gradients["kl own at x̂, one draw"] = own[0]
     kl = gradients["kl at x̂"]
-    flat = kl.flatten(0, 1)
-    gradients["kl at x̂ of other tokens"] = flat[torch.randperm(len(flat), generator=generator).to(flat.device)].view(
-        kl.shape
-    )
+    others = torch.randperm(kl[..., 0].numel(), generator=generator).to(kl.device)
+    gradients["kl at x̂ of other tokens"] = kl.flatten(0, 1)[others].view_as(kl)
     noise = torch.randn(kl.shape, generator=generator).to(kl)
     gradients["noise of that size"] = noise * (kl.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
     for name, g in gradients.items():

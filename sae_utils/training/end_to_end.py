@@ -11,6 +11,7 @@ Only the layers after the hook run: forward for the clean model, once a batch fo
 """
 
 import contextlib
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -138,34 +139,49 @@ class Suffix:
             )
         if at is not None and at.shape != clean.x[:, 1:].shape:
             raise ValueError(f"at has shape {list(at.shape)}: it has to be {list(clean.x[:, 1:].shape)}, positions ≥ 1")
-        generator = torch.Generator().manual_seed((seed + int(clean.tokens.sum())) % 2**32)
-        signs = (
-            torch.randint(0, 2, clean.last.shape[:1], generator=generator).to(clean.x) * 2 - 1
-            if own
-            else clean.x.new_ones(())
-        )
-        counts = torch.ones_like(clean.tokens[:, 1:])
-        counts[:, -1] = of != "ce"  # the last position has no next token
+        generator = seeded(clean.tokens, seed) if own or of == "sampled" else None
+        weights = torch.ones_like(clean.x[:, 1:, 0])
+        if own:
+            weights = torch.randint(0, 2, weights.shape, generator=generator).to(weights) * 2 - 1
+        signs = weights[..., None]
+        if of == "ce":
+            weights = torch.nn.functional.pad(weights[:, :-1], (0, 1))  # the last position has no next token
         next_tokens = clean.tokens[:, 1:].roll(-1, 1).flatten().long()
-        gradients, weights = [], (counts.flatten() * signs).split(len(self.chunks(clean.last)[0]))
         with torch.enable_grad():
             point = (clean.x[:, 1:] if at is None else at).detach().clone().requires_grad_()
             last, _ = self.run(clean.tokens, torch.cat([clean.x[:, :1].to(point), point], 1), [])
-            parts = zip(self.chunks(last), self.chunks(clean.last), weights, next_tokens.split(len(weights[0])))
-            for part, known, weight, target in parts:
+        gradients, known = [], itertools.repeat(None) if of == "ce" else self.clean_p(clean)
+        size = len(self.chunks(last)[0])
+        for (part, logits), found, weight, target in zip(
+            self.unembedded(last), known, weights.flatten().split(size), next_tokens.split(size)
+        ):
+            by_logits = log_softmax(logits.detach()).exp_()
+            if of == "sampled":
+                target = torch.multinomial(found[0].cpu(), 1, generator=generator)[:, 0].to(target.device)
+            if of == "kl":
+                by_logits -= found[0]
+            else:
+                by_logits[torch.arange(len(target)), target] -= 1
+            gradients += torch.autograd.grad(logits, part, (by_logits * weight[:, None]).to(logits.dtype))
+        (g,) = torch.autograd.grad(last, point, torch.cat(gradients).to(last.dtype))
+        return g * signs if own else g
+
+    def clean_p(self, clean: Clean):
+        """`probabilities` of the clean run, for each chunk of tokens."""
+        return clean.p or (probabilities(self.logits(part)) for part in self.chunks(clean.last))
+
+    def unembedded(self, last: Tensor):
+        """For each chunk of tokens what is unembedded, as a leaf, and its logits."""
+        for part in self.chunks(last):
+            with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 logits = self.logits(part)
-                by_logits = log_softmax(logits.detach()).exp_()
-                if of != "ce":
-                    p = probabilities(self.logits(known.detach()))[0].detach()
-                    target = p if of == "kl" else torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(p.device)
-                if of == "kl":
-                    by_logits -= p
-                else:
-                    by_logits[torch.arange(len(target)), target] -= 1
-                gradients += torch.autograd.grad(logits, part, (by_logits * weight[:, None]).to(logits.dtype))
-            (g,) = torch.autograd.grad(last, point, torch.cat(gradients).to(last.dtype))
-        return g * signs.view(*g.shape[:2], 1) if own else g
+            yield part, logits
+
+
+def seeded(tokens: Tensor, seed: int = 0) -> torch.Generator:
+    """A generator whose numbers depend on a batch's tokens, and so are equal when a training is resumed."""
+    return torch.Generator().manual_seed((seed + int(tokens.sum())) % 2**32)
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -186,11 +202,7 @@ class KLOrigNew(torch.autograd.Function):
     @staticmethod
     def forward(ctx, last: Tensor, clean: Clean, suffix: Suffix) -> Tensor:
         total, gradient = 0.0, []
-        for part, known in zip(suffix.chunks(last), clean.p or suffix.chunks(clean.last)):
-            p, p_log_p = known if clean.p else probabilities(suffix.logits(known))
-            with torch.enable_grad():
-                part = part.detach().requires_grad_()
-                logits = suffix.logits(part)
+        for (part, logits), (p, p_log_p) in zip(suffix.unembedded(last), suffix.clean_p(clean)):
             log_q = log_softmax(logits.detach())
             total = total + p_log_p - p.flatten() @ log_q.flatten()
             if ctx.needs_input_grad[0]:
@@ -276,12 +288,11 @@ def selected_by_gradient(
     with torch.no_grad(), inference(sae):
         x_hat = sae(x).x_hat if at == "x_hat" else None
     g = suffix.gradient(batch, x_hat, of, own)
-    generator = torch.Generator().manual_seed(int(batch["tokens"].sum()) % 2**32)
     rows = g.flatten(0, 1)
     if control == "other tokens":
-        rows = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+        rows = rows[torch.randperm(len(rows), generator=seeded(batch["tokens"])).to(rows.device)]
     if control == "noise":
-        noise = torch.randn(rows.shape, generator=generator).to(rows)
+        noise = torch.randn(rows.shape, generator=seeded(batch["tokens"])).to(rows)
         effect, of_noise = ((v @ sae.W_dec.detach().T.to(v)).abs().mean(1, keepdim=True) for v in (rows, noise))
         rows = noise * effect / of_noise
     return (local or own_objective(sae))(sae, batch | {"x": x, "grad": rows.view(g.shape)})

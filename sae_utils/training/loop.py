@@ -96,8 +96,9 @@ def train(
     """
     jobs = as_jobs(sae, objective)
     device = next(iter(jobs.values()))[0].W_dec.device
-    shape = {"decay": decay, "cosine": cosine, "final_lr": final_lr}
-    asked = checked(n_steps, lr, seed, warmup, shape, clip, betas, bf16, resample, skip_norm_above, batch_size, device)
+    rate = n_steps, lr, warmup, decay, cosine, final_lr, resample
+    rest = seed, clip, betas, bf16, skip_norm_above, batch_size
+    asked = checked(*rate, *rest, device)
     flag("progress", progress)
     n_steps, log_every = asked.n_steps, max(1, asked.n_steps // 200)
     last = n_steps if stop_after is None else whole("stop_after", stop_after, 1, n_steps)
@@ -178,13 +179,15 @@ def train(
     return pd.DataFrame(history)
 
 
-def checked(n_steps, lr, seed, warmup, shape, clip, betas, bf16, resample, skip_norm_above, batch_size, device):
+def checked(
+    n_steps, lr, warmup, decay, cosine, final_lr, resample, seed, clip, betas, bf16, skip_norm_above, batch_size, device
+):
     """The settings of `train`, each in its range, as a checkpoint knows them; ValueError, naming it, for one that is not."""
     n_steps, seed = whole("n_steps", n_steps), whole("seed", seed, 0, 2**32 - 1)
     lr = None if lr is None else real("lr", lr, above=0)
     warmup = min(1000, n_steps // 20) if warmup is None else whole("warmup", warmup, 0)
-    shape = {name: flag(name, value) if name == "cosine" else real(name, value, 0, 1) for name, value in shape.items()}
-    clip = real("clip", clip, above=0)
+    decay, final_lr = real("decay", decay, 0, 1), real("final_lr", final_lr, 0, 1)
+    cosine, clip = flag("cosine", cosine), real("clip", clip, above=0)
     if not isinstance(betas, (Sequence, np.ndarray)) or isinstance(betas, str) or len(betas) != 2:
         raise ValueError(f"betas={betas!r}: Adam's two rates of decay, as in (0.9, 0.999)")
     betas = tuple(real("betas", beta, 0, 1 - 1e-12) for beta in betas)
@@ -195,10 +198,9 @@ def checked(n_steps, lr, seed, warmup, shape, clip, betas, bf16, resample, skip_
     if flag("bf16", bf16) and not bf16_is_fast(device.type):
         warnings.warn(f"bf16=True: this {device.type} has no fast products in bfloat16, so fp32 is computed instead")
         bf16 = False
-    settings = dict(n_steps=n_steps, lr=lr, seed=seed, warmup=warmup, clip=clip, betas=betas, bf16=bf16)
-    return SimpleNamespace(
-        **settings, **shape, resample=resample, skip_norm_above=skip_norm_above, batch_size=batch_size
-    )
+    rate = dict(n_steps=n_steps, lr=lr, warmup=warmup, decay=decay, cosine=cosine, final_lr=final_lr, resample=resample)
+    rest = dict(seed=seed, clip=clip, betas=betas, bf16=bf16, skip_norm_above=skip_norm_above, batch_size=batch_size)
+    return SimpleNamespace(**rate, **rest)
 
 
 def schedule(step: int, asked) -> float:
@@ -252,7 +254,7 @@ def check_batch(jobs: dict, batch: dict, step: int, asked, left: str = "") -> No
         about = f"{name!r}, " if name else ""
         if x.shape[-1] != sae.d_in:
             raise ValueError(f"x has shape {list(x.shape)}; its last axis has to be d_in={sae.d_in} of {about}{sae}")
-        makes_it = getattr(getattr(loss, "func", loss), "gives_grad", False)
+        makes_it = sae.needs_grad and getattr(getattr(loss, "func", loss), "gives_grad", False)
         if sae.needs_grad and not makes_it and batch.get("grad") is None:
             raise ValueError(
                 f"{about}{type(sae).__name__} selects by the gradient, and {which} has no 'grad'. {GRADIENTS}"
