@@ -1,4 +1,4 @@
-"""Arms of one method side by side on python-lm: `python benchmarks/methods.py GROUP [--list] [--only ARM]`.
+"""Arms of one method side by side on python-lm: `python benchmarks/methods.py GROUP [--table] [--only ARM]`.
 
 Every arm is trained at each of its three learning rates on the first of the group's budgets, at seed 0, and judged on
 validation files; on a larger budget it is trained at the rate that was best there. A finished training is a line of
@@ -53,7 +53,7 @@ class Setting:
     """The model, the activations of a budget of tokens, and the validation rows."""
 
     def __init__(self, n_tokens: int):
-        self.lm, self.n_tokens, self.starts = load_language_model("python-lm"), n_tokens, {}
+        self.lm, self.starts = load_language_model("python-lm"), {}
         n_ctx = self.lm.cfg.n_ctx
         rows = tokens("python-source", self.lm.tokenizer, n_ctx, n_tokens, spread=16)
         self.rows = held_out("python-source", self.lm.tokenizer, n_ctx, 65_536, "validation")
