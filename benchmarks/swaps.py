@@ -1,9 +1,12 @@
 """What scores know of a swap of latents: Spearman correlations with the true change of KL, and 95% intervals over rows.
 
-    python benchmarks/swaps.py [--rows 16] [--each 160]
+    python benchmarks/swaps.py [--rows 16] [--each 160] [--tokens 16]
 
 A TopK SAE (d_sae 1,024, k 8, 600,000 tokens, seed 0) on layer 3 of python-lm, validation files. `kl` is the change summed over the
 row, `kl_own` at the token alone; small, middle and large are thirds by the size of the latent that goes.
+
+The second table is what choosing by a score gains: of all k² swaps at a token that which has the best score is made, if its score
+says that it helps. Of KL at these tokens it takes off the share shown; the truth itself is the most that one swap can take.
 """
 
 import argparse
@@ -20,11 +23,27 @@ from sae_utils.training.end_to_end import Suffix
 HOOK = "blocks.3.hook_resid_pre"
 
 
+NO_SCORES = ["row", "position", "size", "before", "kl", "kl_own"]
+
+
+def gains(found: pd.DataFrame) -> pd.DataFrame:
+    """The share of the KL at tokens, and of the row's KL in units of it, that the best swap by each score takes off."""
+    tokens, scores = found.groupby(["row", "token"]), found.columns.drop([*NO_SCORES, "token"])
+    total = tokens["before"].first().sum()
+
+    def gain(score: str, of: str) -> float:
+        best = found.loc[tokens[score].idxmin()]
+        return -best[of][best[score] < 0].sum() / total
+
+    names = {"kl": "truth", "kl_own": "truth, own position"} | dict(zip(scores, scores))
+    return pd.DataFrame({of: {name: gain(score, of) for score, name in names.items()} for of in ("kl_own", "kl")})
+
+
 def correlations(found: pd.DataFrame) -> pd.DataFrame:
     """Spearman correlation of each score with kl and kl_own, and with kl in each third."""
     third = pd.qcut(found["size"], 3, labels=["small", "middle", "large"])
     parts = {"kl": found, "kl_own": found} | {f"kl, {name}": found[third == name] for name in third.cat.categories}
-    scores = found.columns.drop(["row", "position", "size", "kl", "kl_own"])
+    scores = found.columns.drop(NO_SCORES)
     return pd.DataFrame(
         {name: part[scores].corrwith(part[name.partition(",")[0]], method="spearman") for name, part in parts.items()}
     )
@@ -34,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--each", type=int, default=160, help="swaps in each row")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of each row at which all swaps are tried")
     options = parser.parse_args()
     lm = load_language_model("python-lm")
     n_ctx, suffix = lm.cfg.n_ctx, Suffix(lm, HOOK)
@@ -42,19 +62,23 @@ def main() -> None:
     sae = TopKSAE(store.d_in, 1024, k=8)
     train(sae, store.batches(1024, 0), n_steps=len(store) // 1024, lr=0.005)
     rows = held_out("python-source", lm.tokenizer, n_ctx, options.rows * n_ctx, "validation")[: options.rows]
-    found = []
+    found, tried = [], []
     for i, row in enumerate(torch.from_numpy(rows.astype("int64"))):
         batch = {"tokens": row[None], "x": run_prefix(lm, row[None], [HOOK])[HOOK]}
         found.append(swaps(sae, suffix, batch, options.each, seed=i).assign(row=i))
-    table = correlations(pd.concat(found))
+        every = swaps(sae, suffix, batch, options.tokens, seed=i, every=True)
+        tried.append(every.assign(row=i, token=np.arange(len(every)) // sae.k**2))
     generator = np.random.default_rng(0)
-    draws = [
-        correlations(pd.concat([found[i] for i in generator.integers(len(found), size=len(found))])) for _ in range(200)
-    ]
-    low, high = np.quantile([draw.to_numpy() for draw in draws], [0.025, 0.975], axis=0)
-    for j, column in enumerate(table):
-        table[column] = [f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in zip(table[column], low[:, j], high[:, j])]
-    print(f"{len(found) * options.each:,} swaps in {len(found)} rows\n{table.to_string()}")
+    samples = [generator.integers(len(found), size=len(found)) for _ in range(200)]
+    for measure, parts, what in ((correlations, found, "swaps drawn"), (gains, tried, "swaps, all at some tokens")):
+        table = measure(pd.concat(parts, ignore_index=True))
+        draws = [
+            measure(pd.concat([parts[i].assign(row=n) for n, i in enumerate(s)], ignore_index=True)) for s in samples
+        ]
+        low, high = np.quantile([draw.to_numpy() for draw in draws], [0.025, 0.975], axis=0)
+        for j, column in enumerate(table):
+            table[column] = [f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in zip(table[column], low[:, j], high[:, j])]
+        print(f"{sum(map(len, parts)):,} {what}, {len(parts)} rows\n{table.to_string()}")
 
 
 if __name__ == "__main__":

@@ -9,25 +9,32 @@ import pandas as pd
 import torch
 
 from ..saes.base import measuring
+from ..saes.topk import TopKSAE
 from ..training.end_to_end import Suffix
-from ..values import whole
+from ..values import flag, whole
 from .metrics import kl_divergence
 
 
 @measuring
-def swaps(sae, suffix: Suffix, batch: dict, n: int = 256, seed: int = 0, at_once: int = 4) -> pd.DataFrame:
+def swaps(
+    sae, suffix: Suffix, batch: dict, n: int = 256, seed: int = 0, every: bool = False, at_once: int = 4
+) -> pd.DataFrame:
     """n swaps of a TopK SAE's latents on the rows of a batch: a chosen latent i out, a runner-up j in, at one token.
 
         Δ = z_j d_j − z_i d_i,    d the rows of W_dec,    i among the k largest latents, j among the next k, positive ones only
 
-    batch: x [rows, n_ctx, d_in] and tokens. Tokens (position ≥ 1), i and j are drawn evenly. Returns a row for each swap: `row`,
-    `position`, `size` z_i, and in nats, with x̂ spliced in at every position ≥ 1,
+    batch: x [rows, n_ctx, d_in] and tokens. Tokens (position ≥ 1), i and j are drawn evenly; with `every`, all k² pairs of n
+    tokens drawn. Returns a row for each swap: `row`, `position`, `size` z_i, and in nats, with x̂ spliced in at every position ≥ 1,
 
     kl, kl_own: the change of KL(orig ‖ new) by Δ, summed over the row's positions, and at the token alone;
+    before: KL(orig ‖ new) at the token before the swap;
     the other columns: what a score says of the change; the lower, the better the swap. "z" is z_i − z_j. "z (1 + |d·g|), ce at x" is the
     literal score of g-SAE at β = 1, i's less j's, and the same with the mean of |d·g| over tokens. The others are g · Δ, g of
     `Suffix.gradient` by its `of` and where it is taken; "kl own" averages 16 draws of signs; "other tokens" permutes g over tokens,
     and "noise" has g's norm.
+
+    at_once: swaps that are run together. Raises ValueError for an SAE of another class, d_sae < 2 k, or if no token has 2 k
+    positive latents.
 
     >>> hook, tokens = "blocks.4.hook_resid_pre", torch.arange(64).view(1, 64)
     >>> from sae_utils.activations.hooks import run_prefix
@@ -36,16 +43,31 @@ def swaps(sae, suffix: Suffix, batch: dict, n: int = 256, seed: int = 0, at_once
     >>> len(found), bool((found["kl own at x̂"] != 0).all())
     (8, True)
     """
-    x = batch["x"][:, 1:]
+    if not isinstance(sae, TopKSAE):
+        raise ValueError(
+            f"sae is a {type(sae).__name__}: swaps are between the latents that a TopKSAE chooses and the next"
+        )
+    if sae.d_sae < 2 * sae.k:
+        raise ValueError(f"k={sae.k} of d_sae={sae.d_sae}: there are no {sae.k} runners-up to swap with")
+    whole("at_once", at_once), flag("every", every)
+    x = suffix.clean(batch).x[:, 1:].to(sae.W_dec.dtype)
     x_hat = sae(x).x_hat
     z = sae.pre_activations(x).relu().view(*x.shape[:2], -1)
     top = z.topk(2 * sae.k, -1)
     generator = torch.Generator().manual_seed(seed)
     able = (top.values[..., -1] > 0).nonzero()
-    at = able[torch.randint(len(able), (whole("n", n),), generator=generator).to(able.device)].T
+    if not len(able):
+        raise ValueError(
+            f"no token of these has {2 * sae.k} positive latents, the {sae.k} chosen and as many to swap with"
+        )
+    at = able[torch.randint(len(able), (whole("n", n),), generator=generator).to(able.device)]
+    if every:
+        ranks = torch.cartesian_prod(torch.arange(sae.k), torch.arange(sae.k)).repeat(n, 1).T.to(at.device)
+        at, n = at.repeat_interleave(sae.k**2, 0), n * sae.k**2
+    else:
+        ranks = torch.randint(sae.k, (2, n), generator=generator).to(at.device)
+    at, ranks = at.T, ranks + torch.tensor([[0], [sae.k]], device=at.device)
     values, indices = top.values[*at], top.indices[*at]
-    ranks = torch.randint(sae.k, (2, n), generator=generator).to(at.device)
-    ranks[1] += sae.k
     (z_out, z_in), (out, into) = values.gather(1, ranks.T).T, indices.gather(1, ranks.T).T
     delta = z_in[:, None] * sae.W_dec[into] - z_out[:, None] * sae.W_dec[out]
 
@@ -70,6 +92,7 @@ def swaps(sae, suffix: Suffix, batch: dict, n: int = 256, seed: int = 0, at_once
         "size": z_out,
         "kl": change[:, 0],
         "kl_own": change[:, 1],
+        "before": before[*at],
         "z": z_out - z_in,
     }
 

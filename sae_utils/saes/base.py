@@ -167,6 +167,14 @@ class SAE(nn.Module):
             self.b_dec.copy_(rows.mean(0))
             self.initialised.fill_(True)
 
+    def hold(self) -> None:
+        """Parameters that are frozen get no gradient: W_dec, or W_enc and the W_mag of an untied gate."""
+        held = {"W_dec"} if self.frozen.get("decoder") == 1 else set()
+        held |= {"W_enc", "W_mag"} if "encoder" in self.frozen else set()
+        for name, parameter in self.named_parameters():
+            if name in held:
+                parameter.requires_grad_(False)
+
     def before_step(self) -> None:
         """What has to happen between the clipping of the gradient and the optimizer's step: nothing, but for `free_norm`."""
 

@@ -41,10 +41,7 @@ def frozen(sae, part: str, cosine: float = 1.0):
     sae.frozen = sae.frozen | {part: cosine}
     if cosine < 1:
         sae.register_buffer("W_dec_start", sae.W_dec.detach().clone())
-        return sae
-    for name, parameter in sae.named_parameters():
-        if name in (("W_dec",) if part == "decoder" else ("W_enc", "W_mag")):
-            parameter.requires_grad_(False)
+    sae.hold()
     return sae
 
 
@@ -56,7 +53,7 @@ def random_like(sae, x: Tensor, seed: int = 0) -> JumpReluSAE:
 
     θ_i / c − b_i lies halfway between two projections of x. The scale c and the offset c m are the least-squares fit to x.
     The decoder is not refitted, since its directions would no longer be random: `analysis.controls.refit_decoder` does that, to any SAE.
-    x: activations on which rates are matched, some thousands of tokens.
+    x: activations on which rates are matched, some thousands of tokens; tokens that are equal fire together. The result is in fp32.
 
     Raises ValueError if no latent of `sae` fires on x, or if all tokens are the same.
 
@@ -64,10 +61,12 @@ def random_like(sae, x: Tensor, seed: int = 0) -> JumpReluSAE:
     >>> bool(((random_like(sae, x).encode(x) > 0).sum(0) == (sae.encode(x) > 0).sum(0)).all())
     True
     """
-    x = sae.rows(x)
+    if not isinstance(sae, SAE):
+        raise ValueError(f"sae is a {type(sae).__name__}: it has to be an SAE")
+    x = sae.rows(x).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(whole("seed", seed, 0, 2**32 - 1))
-        made = JumpReluSAE(sae.d_in, sae.d_sae).to(sae.W_dec).eval()
+        made = JumpReluSAE(sae.d_in, sae.d_sae).to(sae.W_dec.device).eval()
     mean = x.mean(0)
     made.b_dec.copy_(mean)
     times = sum((sae.encode(part) > 0).sum(0) for part in x.split(1024))

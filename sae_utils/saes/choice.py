@@ -105,7 +105,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
     selection, but density cannot rank latents: the quotas determine it. The paper leaves s, q, the cap and the ranks open; all
     of these, and m_i ≥ 1, are ours. Demand means nothing at first, so the first `warmup_tokens` are Mutual Choice (None: as many
     as `dead_after`, a tenth of the run under `train`). s and q, where not given, are fitted to the demand by `zipf_fit` then and
-    after every 32 batches more. `law` [2] holds both (0 before), `quota` [d_sae] the m_i of the latest training forward, B for
+    after about every 32 batches more. `law` [2] holds both (0 before), `quota` [d_sae] the m_i of the latest training forward, B for
     all during warm-up. θ_i is a running mean of the m_i-th largest relu(z_i): 0, so that any positive z is let in, for a latent
     whose quota is not used up.
 
@@ -139,6 +139,10 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         self.quotas = one_of("quotas", quotas, QUOTAS)
         if quotas == "demand" and s is not None:
             raise ValueError("quotas='demand' follows no law: leave s and q at None, or use quotas='zipf'")
+        if warmup_tokens == 0 and quotas != "zipf":
+            raise ValueError(
+                f"warmup_tokens=0: without a warm-up no demand is known, and quotas={quotas!r} needs it. Give some, or None"
+            )
         if s is None and self.d_sae < 3:
             raise ValueError(f"d_sae={d_sae}: a fit of Zipf's law needs at least 3 latents, so give s and q")
         if s is None and warmup_tokens == 0:
@@ -166,7 +170,7 @@ class FeatureChoiceSAE(MutualChoiceSAE):
             if self.warm:
                 self.quota.fill_(len(rows))
                 return found
-            if was_warm or (self.quotas != "frozen" and self.tokens_seen // len(rows) % 32 == 0):
+            if was_warm or (self.quotas != "frozen" and self.tokens_seen % (32 * len(rows)) < len(rows)):
                 self.law.copy_(torch.tensor(zipf_fit(self.demand) if self.s is None else given))
         quota = self.quotas_for(len(rows))
         if self.training:

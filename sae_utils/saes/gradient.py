@@ -20,8 +20,9 @@ class GradientSAE(TopKSAE):
     of |W_dec g| over latents and tokens with a gradient (0.99 of the old, 0.01 of each training batch; ours), so that β has no
     units. Before any training batch, m is the mean of the batch at hand. Without `grad`, in `encode`, or with β = 0: plain TopK.
 
-    signed: the k largest of z relu(1 − β W_dec g / m) instead: −W_dec_i · g is what a little more of latent i takes off the loss,
-    to first order, while |W_dec g| also prefers latents that harm (ours). As β grows the score becomes −z W_dec g.
+    signed: the k largest of z relu(1 − β W_dec g / m) instead, fewer where fewer scores are positive: −W_dec_i · g is what a
+    little more of latent i takes off the loss, to first order, while |W_dec g| also prefers latents that harm (ours). As β grows
+    the score becomes −z W_dec g.
     `selected_by_gradient` trains with gradients that are made anew in each step, at x̂ say.
 
     Raises ValueError for a grad of another shape or β < 0, FloatingPointError for NaN or inf; all zeros give a UserWarning.

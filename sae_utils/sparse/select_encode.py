@@ -252,7 +252,7 @@ def gradient_encode(
 ) -> tuple[Tensor, Active, Tensor]:
     """Like `topk_encode`, but the k are largest in z (1 + weight · |W_dec g|), g = grad [batch, d_in]; the values stay z.
 
-    signed: largest in z relu(1 − weight · W_dec g).
+    signed: largest in z relu(1 − weight · W_dec g). What has no positive score has the value 0.
 
     As a third result the sum of |W_dec g| over tokens and latents. One product more than TopK.
     """
@@ -264,8 +264,8 @@ def gradient_encode(
         torch.mm(g, D, out=effect)
         total = total + (effect.abs() if signed else effect.abs_()).sum(dtype=torch.float32)
         effect = effect.mul_(-weight).add_(1).relu_() if signed else effect.mul_(weight).add_(1)
-        columns = largest(effect.mul_(z), k)[1]
-        found.append((z.gather(1, columns), columns))
+        scores, columns = largest(effect.mul_(z), k)
+        found.append((z.gather(1, columns).masked_fill_(scores <= 0, 0), columns))
     values, columns = map(torch.cat, zip(*found))
     return values.flatten(), Active.of_rows(columns, d_sae), total
 

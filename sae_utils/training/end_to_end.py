@@ -21,7 +21,7 @@ from ..activations.hooks import AllFound, check_hook, check_tokens, later_layers
 from ..activations.store import weights_hash
 from ..saes.base import inference
 from ..values import flag, one_of, real
-from .losses import batch_fvu, fvu_of, own_objective
+from .losses import as_batch, batch_fvu, fvu_of, own_objective
 
 AT_ONCE = 2**24  # entries of [tokens, d_vocab] that exist at a time: 64 MiB in fp32
 KEPT = 2**26  # clean probabilities of a batch are kept for the next SAE if they are no more than this
@@ -53,6 +53,7 @@ class Suffix:
             raise ValueError("the language model has to stay as it is: call lm.eval().requires_grad_(False) first")
         self.lm, self.hook_name = lm, hook_name
         self.later = later_layers(lm, hook_name)
+        self.at_once = max(1, AT_ONCE // lm.cfg.d_vocab)  # tokens whose logits exist at a time
         self.kept: Clean | None = None
         self.check_unembedding()
 
@@ -95,23 +96,25 @@ class Suffix:
     @torch.no_grad()
     def clean(self, batch: dict) -> Clean:
         """The clean run of a batch of whole rows; the same batch is not run twice."""
+        batch = as_batch(batch)
         x, tokens = batch["x"], batch.get("tokens")
         if tokens is None or x.shape[:-1] != tokens.shape or x.ndim != 3:
             raise ValueError(
                 f"x has shape {list(x.shape)}: end-to-end objectives need whole rows [rows, n_ctx, d_in] and their "
                 f"`tokens`, which store.batches(n_rows, whole_rows=True) gives"
             )
-        if self.kept is None or self.kept.x is not x:
+        version = None if x.is_inference() else x._version  # a buffer that is filled anew is another batch
+        if self.kept is None or self.kept.x is not x or self.version != version or version is None:
             check_tokens(self.lm, tokens)
             tokens = tokens.to(x.device)
             last, later = self.run(tokens, x, self.later)
             small = len(last) * self.lm.cfg.d_vocab <= KEPT
             p = [probabilities(self.logits(part)) for part in self.chunks(last)] if small else None
-            self.kept = Clean(x, tokens, last, p, later)
+            self.kept, self.version = Clean(x, tokens, last, p, later), version
         return self.kept
 
     def chunks(self, last: Tensor) -> tuple[Tensor, ...]:
-        return last.split(max(1, AT_ONCE // self.lm.cfg.d_vocab))
+        return last.split(self.at_once)
 
     def kl(self, clean: Clean, last: Tensor) -> Tensor:
         """KL(orig ‖ new) = Σ_v p_orig (log p_orig − log p_new), a mean over tokens, in nats; last [tokens, d_model] of the new run."""
@@ -151,9 +154,8 @@ class Suffix:
             point = (clean.x[:, 1:] if at is None else at).detach().clone().requires_grad_()
             last, _ = self.run(clean.tokens, torch.cat([clean.x[:, :1].to(point), point], 1), [])
         gradients, known = [], itertools.repeat(None) if of == "ce" else self.clean_p(clean)
-        size = len(self.chunks(last)[0])
         for (part, logits), found, weight, target in zip(
-            self.unembedded(last), known, weights.flatten().split(size), next_tokens.split(size)
+            self.unembedded(last), known, self.chunks(weights.flatten()), self.chunks(next_tokens)
         ):
             by_logits = log_softmax(logits.detach()).exp_()
             if of == "sampled":
@@ -235,7 +237,7 @@ def e2e_loss(
     for name, weight in (("kl", kl), ("beta", beta), ("mse", mse)):
         real(name, weight, 0)
     if flag("balanced", balanced) and (kl, beta, mse) != (1.0, 0.0, 0.0):
-        raise ValueError("balanced=True weighs KL and FVU itself: leave kl, beta and mse at their defaults")
+        raise ValueError("balanced=True weighs KL and FVU itself: use e2e_loss, and leave out kl, beta and mse")
     local = local or own_objective(sae)
     clean = suffix.clean(batch)
     if beta and not suffix.later:
@@ -276,12 +278,13 @@ def selected_by_gradient(
     batch: whole rows, x [rows, n_ctx, d_in] and tokens; the SAE sees positions ≥ 1. The gradient costs a run of the layers after
     the hook, forward and backward; the SAE's own weights get none through it. local: the objective of the class if None.
     control: "other tokens" permutes the gradients over the batch's tokens; "noise" puts isotropic noise in their place, of the
-    same mean |W_dec g| on every token. With either, what the gradient knows of its token is gone.
+    same mean |W_dec g| on every token. With either, what the gradient knows of its token is gone. "mean" gives all tokens the
+    batch's mean gradient, so that every latent has one weight in a batch.
 
     Raises ValueError for another `at`, `of` or `control`, for batches that are not whole rows, or an SAE of another class.
     """
     one_of("at", at, ("x_hat", "x"))
-    one_of("control", control, ("", "other tokens", "noise"))
+    one_of("control", control, ("", "other tokens", "noise", "mean"))
     if not hasattr(sae, "gradient_scale"):
         raise ValueError(f"{type(sae).__name__} selects without a gradient: selected_by_gradient is for a GradientSAE")
     x = suffix.clean(batch).x[:, 1:]
@@ -291,6 +294,8 @@ def selected_by_gradient(
     rows = g.flatten(0, 1)
     if control == "other tokens":
         rows = rows[torch.randperm(len(rows), generator=seeded(batch["tokens"])).to(rows.device)]
+    if control == "mean":
+        rows = rows.mean(0).expand_as(rows)
     if control == "noise":
         noise = torch.randn(rows.shape, generator=seeded(batch["tokens"])).to(rows)
         effect, of_noise = ((v @ sae.W_dec.detach().T.to(v)).abs().mean(1, keepdim=True) for v in (rows, noise))

@@ -172,7 +172,7 @@ def train(
     for name, (sae, loss) in jobs.items():
         sae.eval()
         l0 = next((row.get("l0") for row in reversed(history) if row.get("sae", "") == name), None)
-        if advice := on_coefficient(sae, loss, l0):
+        if last == n_steps and (advice := on_coefficient(sae, loss, l0)):
             warnings.warn(f"{name!r}: {advice}" if name else advice)
     if step < last:
         warnings.warn(f"the batches ended after {step} of n_steps={n_steps}: the learning rate never reached its end")

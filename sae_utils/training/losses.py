@@ -221,6 +221,8 @@ def nested_loss(sae, batch, *, prefixes: Sequence[int], local=None) -> dict[str,
     >>> sorted(terms)
     ['auxk', 'fvu', 'fvu_16', 'fvu_4', 'l0', 'loss']
     """
+    if not isinstance(prefixes, (Sequence, np.ndarray)) or isinstance(prefixes, str):
+        raise ValueError(f"prefixes={prefixes!r}: widths that rise to d_sae, as in (64, 256, {sae.d_sae})")
     widths = [0, *(whole("prefixes", m, 1, sae.d_sae) for m in prefixes)]
     sizes = [m - before for before, m in itertools.pairwise(widths)]
     if widths[-1] != sae.d_sae or min(sizes) < 1:
@@ -344,6 +346,8 @@ def check_fit(sae, objective) -> None:
         return
     name, own = func.__name__, type(sae).__name__
     if settings.get("local") is not None:
+        if getattr(func, "gives_grad", False):  # it only adds the gradient to the batch
+            return check_fit(sae, settings["local"])
         try:
             inspect.signature(settings["local"]).bind_partial(distance=None)
         except TypeError:

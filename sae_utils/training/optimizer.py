@@ -17,6 +17,7 @@ class Optimizer:
     """
 
     def __init__(self, sae, betas: tuple[float, float]):
+        sae.hold()
         self.sae, self.leaves = sae, {}
         for name, p in sae.named_parameters():
             self.leaves[name] = p if p.is_contiguous() else torch.nn.Parameter(p.detach().T, p.requires_grad)
@@ -88,4 +89,6 @@ def resample_dead(sae, x: Tensor, optimizer: Optimizer, generator: torch.Generat
         moments = [(m, 0) for m in optimizer.adam.state[leaf].values() if m.ndim]
         for tensor, value in [(leaf, new), *moments]:
             tensor.movedim(by_latent, 0)[dead] = value
+    if getattr(sae, "free_norm", False):
+        sae.decoder_norm[dead] = 1
     sae.tokens_since_fired[dead] = 0

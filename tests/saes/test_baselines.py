@@ -196,7 +196,25 @@ def test_random_directions_are_saved_and_drawn_by_their_seed(tmp_path):
     assert same_bits(made, load_sae(save_sae(made, tmp_path / "random")))
 
 
+def test_random_directions_of_a_bfloat16_sae_fire_as_often_too():
+    sae, x = trained("topk")
+    sae, x = sae.bfloat16(), x.bfloat16()
+    made = random_like(sae, x)
+    assert made.W_dec.dtype == torch.float32
+    assert torch.equal((made.encode(x) > 0).sum(0), (sae.encode(x) > 0).sum(0))
+
+
+def test_what_is_frozen_stays_so_though_someone_asks_for_its_gradient():
+    sae = new_sae("topk", "decoder")
+    before = sae.W_dec.clone()
+    sae.requires_grad_(True)
+    run(sae, list(batches()))
+    assert torch.equal(sae.W_dec, before)
+
+
 def test_random_directions_need_an_active_sae():
+    with pytest.raises(ValueError, match="sae is a Linear: it has to be an SAE"):
+        random_like(torch.nn.Linear(12, 32), torch.randn(9, 12))
     sae, x = trained("relu")
     with torch.no_grad():
         sae.b_enc.fill_(-100)

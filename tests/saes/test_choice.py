@@ -306,6 +306,9 @@ def test_wrong_settings_are_named():
         FeatureChoiceSAE(4, 8, 2, s=1)
     with pytest.raises(ValueError, match="warmup_tokens=0.*s and q"):
         FeatureChoiceSAE(4, 8, 2, warmup_tokens=0)
+    for quotas, law in (("demand", {}), ("frozen", {"s": 1.0, "q": 0.0})):
+        with pytest.raises(ValueError, match="warmup_tokens=0: without a warm-up no demand is known"):
+            FeatureChoiceSAE(4, 8, 2, warmup_tokens=0, quotas=quotas, **law)
     with pytest.raises(ValueError, match="quotas='rank'.*'zipf'.*'demand'.*'frozen'"):
         FeatureChoiceSAE(4, 8, 2, quotas="rank")
     with pytest.raises(ValueError, match="quotas='demand'.*s and q"):

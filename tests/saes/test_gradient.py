@@ -181,5 +181,10 @@ def test_signed_selection_is_that_of_the_dense_form(made):
     assert torch.allclose(chosen, expected) and not torch.allclose(chosen, sae.eval()(x, g).latents)
     signed.train()(x, g)
     assert torch.isclose(signed.gradient_scale, effect[(g != 0).any(1)].abs().mean().detach(), rtol=1e-6)
+    harmful = x @ torch.randn(12, 12).double(), sae.W_dec.sum(0).expand_as(x) * 1e3
+    signed.beta = 1e6
+    few = signed.eval()(*harmful)
+    helps = harmful[1] @ sae.W_dec.T < 0
+    assert (few.latents[~helps] == 0).all() and (few.latents > 0).any(), "what has no positive score is not chosen"
     with pytest.raises(ValueError, match="signed=1: it has to be True or False"):
         GradientSAE(12, 100, signed=1)

@@ -301,7 +301,7 @@ def test_errors_say_what_to_do(tiny_gpt2, model_directories):
         with pytest.raises(ValueError, match="whole_rows=True"):
             e2e_loss(sae, wrong, suffix=suffix)
     for settings in ({"mse": 1.0}, {"kl": 0.5}, {"beta": 1.0}):
-        with pytest.raises(ValueError, match="leave kl, beta and mse at their defaults"):
+        with pytest.raises(ValueError, match="leave out kl, beta and mse"):
             e2e_loss(sae, batch, suffix=suffix, balanced=True, **settings)
     with pytest.raises(ValueError, match="balanced='yes': it has to be True or False"):
         e2e_loss(sae, batch, suffix=suffix, balanced="yes")

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from sae_utils import ActivationStore, GradientSAE, TopKSAE, train
+from sae_utils import ActivationStore, GatedSAE, GradientSAE, TopKSAE, train
 from sae_utils.activations.hooks import run_prefix, run_spliced, run_with_gradient
 from sae_utils.analysis.metrics import kl_divergence
 from sae_utils.analysis.swaps import swaps
 from sae_utils.training import end_to_end
 from sae_utils.training.end_to_end import Suffix, selected_by_gradient
+from sae_utils.training.losses import attribution_loss, check_fit, gated_loss, nested_loss
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -33,8 +34,9 @@ def losses(lm, batch, x_hat):
 
 @pytest.mark.parametrize("chunk", [2**24, 5 * 300])
 def test_gradients_are_autograds_through_the_whole_model(setting, chunk, monkeypatch):
-    lm, suffix, batch, x_hat = setting
+    lm, _, batch, x_hat = setting
     monkeypatch.setattr(end_to_end, "AT_ONCE", chunk)
+    suffix = Suffix(lm, HOOK)
     at = x_hat.clone().requires_grad_()
     kl, ce = losses(lm, batch, at)
     for of, loss in (("kl", kl), ("ce", ce)):
@@ -111,7 +113,7 @@ def test_controls_know_nothing_of_their_token(setting):
         return {"loss": seen[name].sum()}
 
     sae = GradientSAE(16, 64, k=4)
-    for control in ("", "other tokens", "noise"):
+    for control in ("", "other tokens", "noise", "mean"):
         selected_by_gradient(sae, batch, suffix=suffix, control=control, local=functools.partial(local, name=control))
     g = seen[""]
     assert torch.equal(seen["other tokens"].sort(0).values, g.sort(0).values) and not torch.equal(
@@ -120,6 +122,7 @@ def test_controls_know_nothing_of_their_token(setting):
     effects = [(seen[name] @ sae.W_dec.T).abs().mean(1) for name in ("", "noise")]
     torch.testing.assert_close(*effects)
     assert torch.nn.functional.cosine_similarity(seen["noise"], g).abs().mean() < 0.5
+    torch.testing.assert_close(seen["mean"], g.mean(0).expand_as(g))
 
 
 def test_swaps_by_hand(setting):
@@ -148,6 +151,54 @@ def test_swaps_by_hand(setting):
     assert swap["kl at x̂"] == pytest.approx((suffix.gradient(batch, x_hat)[row, position] @ delta).item(), rel=1e-3)
     small = found[found["size"] < found["size"].quantile(0.3)]
     assert np.corrcoef(small["kl"], small["kl at x̂"])[0, 1] > 0.9
+
+
+def test_every_swap_of_a_token_is_tried_once(setting):
+    _, suffix, batch, _ = setting
+    torch.manual_seed(0)
+    sae = TopKSAE(16, 64, k=3).eval()
+    found = swaps(sae, suffix, batch, n=4, every=True)
+    assert len(found) == 4 * 9
+    z = sae.pre_activations(batch["x"][:, 1:]).relu().view(2, 9, 64).sort(-1, descending=True).values
+    for _, token in found.groupby(np.arange(36) // 9):
+        top = z[int(token["row"].iloc[0]), int(token["position"].iloc[0]) - 1]
+        assert (token[["row", "position", "before"]].nunique() == 1).all()
+        expected = (top[:3, None] - top[None, 3:6]).flatten().detach()
+        np.testing.assert_allclose(token["z"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_buffer_that_is_filled_anew_is_another_batch(setting):
+    _, suffix, batch, _ = setting
+    buffer = {"x": batch["x"].clone(), "tokens": batch["tokens"]}
+    first = suffix.clean(buffer)
+    assert suffix.clean(buffer) is first
+    buffer["x"] *= 0.5
+    assert not torch.equal(suffix.clean(buffer).last, first.last)
+
+
+def test_swaps_are_refused_where_there_are_none(setting):
+    _, suffix, batch, _ = setting
+    silent = TopKSAE(16, 64, k=4)
+    silent.b_enc.data.fill_(-1e3)
+    for call, match in (
+        (lambda: swaps(GatedSAE(16, 64), suffix, batch), "sae is a GatedSAE: .*TopKSAE"),
+        (lambda: swaps(TopKSAE(16, 64, k=40), suffix, batch), "no 40 runners-up"),
+        (lambda: swaps(silent, suffix, batch), "no token of these has 8 positive latents"),
+        (lambda: swaps(TopKSAE(16, 64, k=4), suffix, batch, at_once=0), "at_once=0"),
+        (lambda: suffix.clean(batch["x"]), "whole_rows=True"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_any_objective_that_fits_may_follow_the_selection(setting):
+    _, suffix, batch, _ = setting
+    sae = GradientSAE(16, 64, k=4)
+    nested = functools.partial(nested_loss, prefixes=(16, 64))
+    for local in (nested, attribution_loss):
+        check_fit(sae, functools.partial(selected_by_gradient, suffix=suffix, local=local))
+    with pytest.raises(ValueError, match="gated_loss does not fit GradientSAE"):
+        check_fit(sae, functools.partial(selected_by_gradient, suffix=suffix, local=gated_loss))
 
 
 def test_bad_values_are_refused(setting):

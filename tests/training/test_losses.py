@@ -133,7 +133,9 @@ def sparse_relu():
     return sae
 
 
-@pytest.mark.parametrize("prefixes", [(), (8,), (8, 8, 32), (16, 8, 32), (0, 32), (8, 33), (2.5, 32), (True, 32)])
+@pytest.mark.parametrize(
+    "prefixes", [(), (8,), (8, 8, 32), (16, 8, 32), (0, 32), (8, 33), (2.5, 32), (True, 32), 32, None, "32"]
+)
 def test_prefixes_that_do_not_rise_to_all_latents_are_refused(prefixes):
     with pytest.raises(ValueError, match="prefixes="):
         nested_loss(TopKSAE(8, 32, k=2), torch.randn(50, 8), prefixes=prefixes)

@@ -72,7 +72,14 @@ def test_dead_latents_come_back_and_find_features(name):
 
 
 @pytest.mark.parametrize(
-    "name, more", [("relu", {}), ("gated", {}), ("gated", {"tied": False}), ("gated", {"rescale": False})]
+    "name, more",
+    [
+        ("relu", {}),
+        ("relu", {"free_norm": True}),
+        ("gated", {}),
+        ("gated", {"tied": False}),
+        ("gated", {"rescale": False}),
+    ],
 )
 def test_what_one_resampling_does(name, more):
     """Latent 1 is dead. One input is not reconstructed, 4 × the fourth axis; the others are 0, and so is what comes out."""
@@ -97,6 +104,8 @@ def test_what_one_resampling_does(name, more):
 
     with torch.no_grad():
         sae.W_enc *= 3
+    if more == {"free_norm": True}:
+        sae.decoder_norm += 1
     before, axis = list(by_latent()), torch.eye(12)[3]
     x = torch.zeros(6, 12)
     x[2] = 4 * axis
@@ -108,6 +117,8 @@ def test_what_one_resampling_does(name, more):
         torch.testing.assert_close(new[1], norm * axis if old.ndim == 2 else torch.tensor(0.0))
         assert kind != "exp_avg" or (old[1] != 0).any(), "or the test says nothing"
     assert (sae.b_dec == 0).all() and sae.tokens_since_fired[1] == 0
+    if more == {"free_norm": True}:
+        torch.testing.assert_close(sae.decoder_norm, torch.where(live, 2.0, 1.0))
     after = list(by_latent())
     resample_dead(sae, x, optimizer, torch.Generator())
     assert all(torch.equal(a, b) for (*_, a), (*_, b) in zip(after, by_latent())), "with none dead nothing happens"
