@@ -1,7 +1,7 @@
 """ReLU with L1, Gated and untied Gated SAEs, each at its own best rate and β₁: `python benchmarks/gated.py [--table]`.
 
 python-lm, layer 3, seed 0; ReLU has 1,536 latents and the others 1,024, as in study 02. Every method is trained at three learning
-rates and two β₁ with resampling, and without it at β₁ = 0; each time at seven λ, on the same batches. A curve is CE increase on
+rates and two β₁ with resampling, and without it at β₁ = 0; each time at five λ, on the same batches. A curve is CE increase on
 validation files over log L0. The table reads it at L0 8, 16 and 32, and takes for each method the rate and β₁ that are best at
 L0 8, on the first budget. On the second, only these are trained. Finished curves are in OUTPUT/gated.jsonl and are not repeated.
 """
@@ -25,7 +25,7 @@ METHODS = {  # class, latents, settings, objective
     "Gated": (GatedSAE, D_SAE, {}, gated_loss),
     "Gated, untied": (GatedSAE, D_SAE, {"tied": False}, gated_loss),
 }
-LAMBDAS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28)
+LAMBDAS = (0.02, 0.06, 0.16, 0.4, 1.0)
 RATES, L0 = (0.002, 0.004, 0.008), (8, 16, 32)
 FORMS = {"β₁ 0": (0.0, (0.25, 0.5)), "β₁ .9": (0.9, (0.25, 0.5)), "β₁ 0, no resampling": (0.0, ())}
 

@@ -10,13 +10,15 @@ choice: TopK, Mutual Choice and Feature Choice over batch sizes. `batch_fvu` is 
 size that the arm was trained on; `equal_fvu` by thresholds, all multiplied by the one factor at which L0 is k on these tokens;
 `law_error` is `zipf_error`.
 baselines: TopK beside forms whose directions hardly learn.
-gsae: selection by gradients made in each step, in training only; `ce_with_g` and `kl_with_g` are with the gradient of
+gsae: selection by gradients made in each step, in training only, beside three controls that know nothing of the token, training
+on the KL itself, and an encoder distilled from the selection; `ce_with_g` and `kl_with_g` are with the gradient of
 KL(orig ‖ new) at x̂ at inference too, which needs no label.
 """
 
 import argparse
 import copy
 import json
+import statistics
 import time
 from functools import partial
 from pathlib import Path
@@ -134,7 +136,7 @@ def gradient_arms() -> dict:
         signed = partial(new, GradientSAE, k=K, beta=beta, signed=True)
         arms[f"−z d·g, KL at x̂, β {beta:g}"] = signed, selected_by_gradient
         arms[f"−z d·g, KL at x̂, own position, β {beta:g}"] = signed, partial(selected_by_gradient, own=True)
-        for control in ("other tokens", "noise"):
+        for control in ("other tokens", "noise", "mean"):
             arms[f"−z d·g, KL at x̂, {control}, β {beta:g}"] = signed, partial(selected_by_gradient, control=control)
     arms["z |d·g|, CE at x, β 1"] = (
         partial(new, GradientSAE, k=K, beta=1.0),
@@ -142,10 +144,34 @@ def gradient_arms() -> dict:
     )
     arms["end to end"] = partial(new, k=K), e2e_loss
     arms["balanced KL and FVU"] = partial(new, k=K), partial(e2e_loss, balanced=True)
-    return {
-        name: (partial(end_to_end, make=make, objective=objective), (0.0025, 0.005, 0.01))
-        for name, (make, objective) in arms.items()
-    }
+    rates = (0.0025, 0.005, 0.01)
+    made = {name: (partial(end_to_end, make=make, objective=loss), rates) for name, (make, loss) in arms.items()}
+    made["TopK, then an encoder distilled from selection by KL at x̂"] = distilled_from_selection, (0.0005, 0.001, 0.002)
+    return made
+
+
+def distilled_from_selection(s: Setting, lr: float):
+    """A TopK SAE on the first 80%; then its encoder learns the latents that it would select knowing the gradient."""
+    if "for gsae" not in s.starts:
+        s.starts["for gsae"] = new(k=K)
+        s.train(s.starts["for gsae"], None, 0.8, LOCAL_LR)
+    teacher = new(GradientSAE, k=K, beta=10.0, signed=True)
+    teacher.load_state_dict(s.starts["for gsae"].state_dict() | {"gradient_scale": teacher.gradient_scale})
+    sae = frozen(copy.deepcopy(s.starts["for gsae"]), "decoder")
+    s.train(sae, partial(distilled, teacher=teacher.eval(), suffix=s.suffix), 0.2, lr, whole_rows=True)
+    return sae
+
+
+def distilled(sae, batch, teacher, suffix):
+    """Σ (f − t)² / Σ t² over the latents that the SAE or the teacher selects; t are the teacher's, who knows the gradient."""
+    x = suffix.clean(batch).x[:, 1:]
+    with torch.no_grad():
+        target = teacher(x, suffix.gradient(batch, teacher(x).x_hat)).latents
+    out = sae(x)
+    f = sae.pre_activations(x).relu().view_as(target)
+    asked = (target > 0) | (out.latents.detach() > 0)
+    loss = ((f - target).square() * asked).sum() / target.square().sum()
+    return {"loss": loss, "fvu": batch_fvu(x, out.x_hat.detach()), "l0": (out.values > 0).sum() / x[..., 0].numel()}
 
 
 def choice_arms() -> dict:
@@ -233,6 +259,23 @@ def by_batch_and_threshold(sae, setting: Setting, batch: int) -> dict:
     return found
 
 
+def cost(arms: dict) -> None:
+    """Medians of three paired rounds: seconds of 100 training steps over those of a local TopK SAE just before."""
+    setting = Setting(200_000)
+    setting.n_steps = 100
+    topk = partial(local, make=partial(new, k=K))
+    for name, (function, rates) in arms.items():
+        ratios = []
+        for _ in range(4):  # the first is for warming up
+            seconds = []
+            for one in (topk, function):
+                setting.starts, start = {}, time.perf_counter()
+                one(setting, rates[0])
+                seconds.append(time.perf_counter() - start)
+            ratios.append(seconds[1] / seconds[0])
+        print(f"{name:70s} {statistics.median(ratios[1:]):6.2f}", flush=True)
+
+
 def validation(setting: Setting) -> tuple[torch.Tensor, ...]:
     return torch.from_numpy(setting.rows.astype("int64")).split(16)
 
@@ -243,12 +286,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/methods"))
     parser.add_argument("--only", default="", help="arms whose name holds this")
     parser.add_argument("--table", action="store_true", help="print what there is, and train nothing")
+    parser.add_argument("--cost", action="store_true", help="print what 100 steps cost, in those of a local TopK SAE")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / f"{options.group}.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     make_arms, budgets = GROUPS[options.group]
     arms = {name: arm for name, arm in make_arms().items() if options.only in name}
+    if options.cost:
+        return cost(arms)
     for n_tokens in () if options.table else budgets:
         setting = None
         for name, (function, rates) in arms.items():

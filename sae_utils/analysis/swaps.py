@@ -17,7 +17,7 @@ from .metrics import kl_divergence
 
 @measuring
 def swaps(
-    sae, suffix: Suffix, batch: dict, n: int = 256, seed: int = 0, every: bool = False, at_once: int = 4
+    sae, suffix: Suffix, batch: dict, n: int = 256, seed: int = 0, every: bool = False, at_once: int = 16
 ) -> pd.DataFrame:
     """n swaps of a TopK SAE's latents on the rows of a batch: a chosen latent i out, a runner-up j in, at one token.
 
@@ -73,19 +73,20 @@ def swaps(
 
     clean = suffix.clean(batch).last.view(*x.shape[:2], -1)
 
-    def kls(x_hat, rows):
-        """KL(orig ‖ new) at positions ≥ 1, [rows, n_ctx − 1]."""
+    def kls(x_hat, rows, first=0):
+        """KL(orig ‖ new) [rows, n_ctx − 1 − first]; the model is causal, so before the first position changed nothing changes."""
         last, _ = suffix.run(batch["tokens"][rows], torch.cat([batch["x"][rows, :1].to(x_hat), x_hat], 1), [])
-        return kl_divergence(suffix.logits(clean[rows]), suffix.logits(last.view_as(clean[rows])))
+        last = last.view(len(x_hat), -1, last.shape[-1])[:, first:]
+        return kl_divergence(suffix.logits(clean[rows, first:]), suffix.logits(last))
 
-    before, parts = kls(x_hat, torch.arange(len(x))), []
-    for part in torch.arange(n).split(at_once):
-        rows, positions = at[:, part]
-        new = x_hat[rows]
-        new[torch.arange(len(part)), positions] += delta[part]
-        change = kls(new, rows) - before[rows]
-        parts.append(torch.stack([change.sum(1), change[torch.arange(len(part)), positions]], 1))
-    change = torch.cat(parts)
+    before = torch.cat([kls(x_hat[i : i + 1], torch.tensor([i])) for i in range(len(x))])
+    change = x_hat.new_zeros(n, 2)
+    for part in at[1].argsort().split(at_once):
+        (rows, positions), each = at[:, part], torch.arange(len(part))
+        new, first = x_hat[rows], int(positions[0])
+        new[each, positions] += delta[part]
+        by_position = kls(new, rows, first) - before[rows, first:]
+        change[part] = torch.stack([by_position.sum(1), by_position[each, positions - first]], 1).to(change)
     found = {
         "row": at[0],
         "position": at[1] + 1,

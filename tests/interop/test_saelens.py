@@ -22,6 +22,7 @@ from sae_utils import (
     frozen,
     load_language_model,
     load_sae,
+    random_like,
     save_sae,
     to_jumprelu,
     train,
@@ -41,6 +42,7 @@ def x():
 
 OURS = {  # SAE and loss here; the key begins with the architecture there
     "standard": (lambda: ReluSAE(D_IN, D_SAE), l1_loss),
+    "standard, free norm": (lambda: ReluSAE(D_IN, D_SAE, free_norm=True), l1_loss),
     "gated": (lambda: GatedSAE(D_IN, D_SAE), gated_loss),
     "topk": (lambda: TopKSAE(D_IN, D_SAE, k=5), reconstruction_loss),
     "jumprelu": (lambda: JumpReluSAE(D_IN, D_SAE), jumprelu_loss),
@@ -83,6 +85,11 @@ def test_ours_opens_in_saelens(tmp_path, x, architecture):
     assert type(load_sae(tmp_path / "sae")) is type(sae)
     assert theirs.cfg.metadata.hook_name == about["hook_name"] and theirs.cfg.metadata.context_size == 128
     agree(sae, theirs, x)
+
+
+def test_random_directions_open_in_saelens(tmp_path, x):
+    random = random_like(trained("topk", x), x)
+    agree(random, sae_lens.SAE.load_from_disk(save_sae(random, tmp_path / "sae")), x)
 
 
 def test_the_jumprelu_form_of_gated_opens_in_saelens(tmp_path, x):
