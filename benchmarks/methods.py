@@ -3,7 +3,7 @@
 Every arm is trained at each of its three learning rates on the first of the group's budgets, at seed 0, and judged on
 validation files; on a larger budget it is trained at the rate that was best there. A finished training is a line of
 `OUTPUT/GROUP.jsonl`, and is not repeated: so a run that was interrupted goes on. The table shows each arm at its best rate, by CE
-increase; a rate at the edge of those tried is marked with *.
+increase, or by FVU at equal L0 in the group choice; a rate at the edge of those tried is marked with *.
 
 e2e: end-to-end objectives, with AuxK as it was, rescaled and without; fine-tuning; ReLU with L1.
 choice: TopK, Mutual Choice and Feature Choice over batch sizes. `batch_fvu` is by the training rule on shuffled batches of the
@@ -132,11 +132,11 @@ def gradient_arms() -> dict:
         return reconstruction_loss(sae, batch | {"x": batch["x"][:, 1:]})
 
     arms = {"TopK, without gradient": (partial(new, k=K), without)}
-    for beta in (1.0, 10.0):
+    for beta in (0.1, 1.0, 10.0):
         signed = partial(new, GradientSAE, k=K, beta=beta, signed=True)
         arms[f"−z d·g, KL at x̂, β {beta:g}"] = signed, selected_by_gradient
         arms[f"−z d·g, KL at x̂, own position, β {beta:g}"] = signed, partial(selected_by_gradient, own=True)
-        for control in ("other tokens", "noise", "mean"):
+        for control in ("other tokens", "noise", "mean") if beta <= 1 else ():
             arms[f"−z d·g, KL at x̂, {control}, β {beta:g}"] = signed, partial(selected_by_gradient, control=control)
     arms["z |d·g|, CE at x, β 1"] = (
         partial(new, GradientSAE, k=K, beta=1.0),
@@ -242,8 +242,8 @@ def by_batch_and_threshold(sae, setting: Setting, batch: int) -> dict:
     x = torch.cat([run_prefix(setting.lm, part, [HOOK])[HOOK][:, 1:].flatten(0, 1) for part in validation(setting)])
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(SEED))]
     x = x[: len(x) // batch * batch]
-    training, equal = copy.deepcopy(sae).train(), copy.deepcopy(sae).eval()
-    outs = [training(part) for part in x.split(batch)]
+    equal = copy.deepcopy(sae).eval()
+    outs = [equal.output(part, *equal.choose(part)[:2]) for part in x.split(batch)]
     low, high = 0.0, 16.0  # factors on the thresholds
     for _ in range(30):
         factor = (low + high) / 2
@@ -292,6 +292,10 @@ def main() -> None:
     file = options.output / f"{options.group}.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     make_arms, budgets = GROUPS[options.group]
+
+    def judged(row: dict) -> float:
+        return row.get("equal_fvu", row["fvu"]) if options.group == "choice" else row["ce_increase"]
+
     arms = {name: arm for name, arm in make_arms().items() if options.only in name}
     if options.cost:
         return cost(arms)
@@ -301,7 +305,7 @@ def main() -> None:
             own = [row for row in done if row["arm"] == name]
             if n_tokens > budgets[0]:  # the rate that was best on the first budget
                 first = [row for row in own if row["tokens"] == budgets[0]]
-                rates = [min(first, key=lambda row: row["ce_increase"])["lr"]]
+                rates = [min(first, key=judged)["lr"]]
             for lr in rates:
                 if any((row["tokens"], row["lr"]) == (n_tokens, lr) for row in own):
                     continue
@@ -311,7 +315,8 @@ def main() -> None:
                     out.write(json.dumps(done[-1]) + "\n")
                 print(done[-1], flush=True)
     table = pd.DataFrame(done)
-    best = table.loc[table.groupby(["arm", "tokens"], sort=False)["ce_increase"].idxmin()]
+    table["judged"] = [judged(row) for row in done]
+    best = table.loc[table.groupby(["arm", "tokens"], sort=False)["judged"].idxmin()].drop(columns="judged")
     tried = {name: rates for name, (_, rates) in make_arms().items()}
     edge = [row.lr in (min(tried[row.arm]), max(tried[row.arm])) for row in best.itertuples()]
     best["lr"] = [f"{lr:g}{'*' if at else ''}" for lr, at in zip(best["lr"], edge)]

@@ -27,7 +27,7 @@ def swaps(
     tokens drawn. Returns a row for each swap: `row`, `position`, `size` z_i, and in nats, with x̂ spliced in at every position ≥ 1,
 
     kl, kl_own: the change of KL(orig ‖ new) by Δ, summed over the row's positions, and at the token alone;
-    before: KL(orig ‖ new) at the token before the swap;
+    before: KL(orig ‖ new) at the token before the swap; step: ‖Δ‖²; error: the change of ‖x − x̂‖²;
     the other columns: what a score says of the change; the lower, the better the swap. "z" is z_i − z_j. "z (1 + |d·g|), ce at x" is the
     literal score of g-SAE at β = 1, i's less j's, and the same with the mean of |d·g| over tokens. The others are g · Δ, g of
     `Suffix.gradient` by its `of` and where it is taken; "kl own" averages 16 draws of signs; "other tokens" permutes g over tokens,
@@ -94,6 +94,8 @@ def swaps(
         "kl": change[:, 0],
         "kl_own": change[:, 1],
         "before": before[*at],
+        "step": delta.square().sum(1),
+        "error": (delta * (delta - 2 * (x - x_hat)[*at])).sum(1),
         "z": z_out - z_in,
     }
 

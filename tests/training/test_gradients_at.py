@@ -148,6 +148,9 @@ def test_swaps_by_hand(setting):
     change = losses(lm, batch, new)[0] - losses(lm, batch, x_hat)[0]
     assert swap["kl"] == pytest.approx(change[row].sum().item(), rel=1e-3, abs=1e-5)
     assert swap["kl_own"] == pytest.approx(change[row, position].item(), rel=1e-3, abs=1e-5)
+    e = (batch["x"][:, 1:] - x_hat)[row, position]
+    assert swap["error"] == pytest.approx(((e - delta).square().sum() - e.square().sum()).item(), rel=1e-3, abs=1e-5)
+    assert swap["step"] == pytest.approx(delta.square().sum().item(), rel=1e-3)
     assert swap["kl at x̂"] == pytest.approx((suffix.gradient(batch, x_hat)[row, position] @ delta).item(), rel=1e-3)
     small = found[found["size"] < found["size"].quantile(0.3)]
     assert np.corrcoef(small["kl"], small["kl at x̂"])[0, 1] > 0.9
