@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..activations.hooks import check_tokens, later_layers, run_prefix, run_spliced, token_loss
-from ..saes.base import check_parameters, high_norm, measuring, typical
+from ..activations.hooks import check_tokens, later_layers, run_prefix, run_spliced
+from ..saes.base import SAEOutput, check_parameters, high_norm, measuring, typical
 from ..training.losses import as_batch
 from ..values import whole
 from .least_squares import Scores
@@ -35,14 +35,14 @@ class ReconstructionSums:
         self.usual = usual
         self.sums = self.fired = 0  # sums: of all tokens and of ordinary ones, [2, 5 + 2 d_in]
 
-    def add(self, x: Tensor, x_hat: Tensor, latents: Tensor) -> None:
-        """x, x_hat [n, d_in], latents [n, d_sae]."""
+    def add(self, x: Tensor, x_hat: Tensor, fired: Tensor) -> None:
+        """x, x_hat [n, d_in]; fired [d_sae], on how many of these tokens each latent is active."""
         x, x_hat = x.double(), x_hat.double()
         products = x.square(), x_hat.square(), x_hat * x, (x - x_hat).square()
         about = torch.cat([x.new_ones(len(x), 1), *(p.sum(1, keepdim=True) for p in products), x, x_hat], 1)
         ordinary = x.new_ones(len(x)) if self.usual is None else (~high_norm(x, *self.usual)).double()
         self.sums = self.sums + torch.stack([about.sum(0), ordinary @ about])
-        self.fired = self.fired + (latents > 0).sum(0)
+        self.fired = self.fired + fired
 
     def result(self) -> dict[str, float]:
         n, xx, hh, hx, ee = self.sums[:, :5].T  # of all tokens, then of ordinary ones
@@ -55,6 +55,13 @@ class ReconstructionSums:
 
     def density(self) -> Tensor:
         return self.fired / self.sums[0, 0]
+
+
+def times_fired(out) -> Tensor:
+    """On how many tokens each latent of an output is active, [d_sae]; of sparse ones no dense form is made."""
+    if not isinstance(out, SAEOutput) or out.active is None:
+        return (out.latents > 0).flatten(0, -2).sum(0)
+    return torch.bincount(out.active.indices[out.values.flatten() > 0], minlength=out.active.d_sae)
 
 
 def kl_divergence(logits: Tensor, logits_new: Tensor) -> Tensor:
@@ -114,24 +121,29 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
     mean = (mean / sum(c[:, 1:].numel() for c in chunks)).float()
     nats = collections.defaultdict(float)
 
-    def logits_with(replacement, key):
-        """Logits with x replaced at positions ≥ 1; the loss of the predictions made there is added to nats[key]."""
+    def log_p_with(replacement, key):
+        """Log-probabilities with x replaced at positions ≥ 1; the loss of the predictions made there is added to nats[key]."""
         spliced = torch.cat([clean[:, :1], replacement.to(clean).expand_as(clean[:, 1:])], 1)
-        logits = run_spliced(lm, tokens, hook_name, spliced)
-        nats[key] += token_loss(logits, tokens)[:, 1:].double().sum()
-        return logits
+        log_p = run_spliced(lm, tokens, hook_name, spliced).float().log_softmax(-1)
+        nats[key] -= log_p.gather(-1, following)[:, 1:-1].double().sum()
+        return log_p
 
     for tokens in chunks:
+        following = tokens.roll(-1, 1)[..., None]
         clean = run_prefix(lm, tokens, [hook_name])[hook_name]
         x = clean[:, 1:].float()
-        logits = logits_with(x, "ce_clean")
-        logits_with(torch.zeros_like(x), "ce_zero")
-        logits_with(mean, "ce_mean")
+        log_p_with(torch.zeros_like(x), "ce_zero")
+        log_p_with(mean, "ce_mean")
+        log_p = log_p_with(x, "ce_clean")
+        p = log_p.exp()
         for name, one in saes.items():
             out = one(x)
-            sums[name].add(*(t.flatten(0, 1) for t in (x, out.x_hat, out.latents)))
-            new = logits_with(out.x_hat, ("ce_sae", name))
-            nats["kl", name] += kl_divergence(logits[:, 1:-1], new[:, 1:-1]).double().sum()
+            sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), times_fired(out))
+            log_q = log_p_with(out.x_hat, ("ce_sae", name))
+            kl = (
+                p[:, :, None] @ torch.sub(log_p, log_q, out=log_q)[..., None]
+            )  # Σ over words, without another tensor so large
+            nats["kl", name] += kl[:, 1:-1].double().sum()
     n_predictions = sum(tokens[:, 2:].numel() for tokens in chunks)
     nats = {key: float(value) / n_predictions for key, value in nats.items()}
     results = {}

@@ -24,7 +24,7 @@ def sums(x, x_hat, latents=None, chunk=None):
     total = ReconstructionSums()
     latents = torch.zeros(len(x), 1) if latents is None else latents
     for part in zip(*(t.split(chunk or len(x)) for t in (x, x_hat, latents))):
-        total.add(*part)
+        total.add(*part[:2], (part[2] > 0).sum(0))
     return total.result()
 
 
@@ -238,7 +238,7 @@ def test_fvu_of_ordinary_tokens(tiny_gpt2, rows):
         torch.tensor([[1.0], [1.0], [3.0], [3.0], [1000.0]]),
     )
     total = ReconstructionSums(typical(x))  # centre 2, usual norm 2: ordinary up to 12
-    total.add(x, exact, torch.ones(5, 1))
+    total.add(x, exact, torch.tensor([5]))
     assert total.result()["fvu_ordinary"] == pytest.approx(4 / 8) and total.result()["fvu"] < 1e-5
 
 
