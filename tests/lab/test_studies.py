@@ -19,7 +19,7 @@ PAIRS = {
     "08_compare": "08_methods",
 }
 OTHERWISE = {  # what one name means otherwise in a study, as a pattern of paths
-    "02_gated": r"at \d+|_l0_\d+|at_k|gap|less_gated|pursuit|/(l0|fvu|kl|gamma|dead|ce_(sae|increase|recovered))",  # read off six λ, not three
+    "02_gated": r"ReLU|relu|rescaled|at \d+|_l0_\d+|at_k|gap|less_gated|pursuit|/(l0|fvu|kl|gamma|dead|ce_(sae|increase|recovered))",  # read off six λ, not three; ReLU at a rate of its own
     "03_e2e": r"matched_cosine",  # of end-to-end SAEs from scratch
     "04_gsae": r"best_beta|effect_(kl|max_logit|own_logprob|gaps|latents)",  # over more β and latents
     "06_error": r"^/ce|CE:|grid_|claims",  # over all test rows and six levels; claims: checked by their numbers
