@@ -132,12 +132,15 @@ def gradient_arms() -> dict:
         return reconstruction_loss(sae, batch | {"x": batch["x"][:, 1:]})
 
     arms = {"TopK, without gradient": (partial(new, k=K), without)}
-    for beta in (0.1, 1.0, 10.0):
+    for beta in (0.03, 0.1, 0.3):
         signed = partial(new, GradientSAE, k=K, beta=beta, signed=True)
-        arms[f"−z d·g, KL at x̂, β {beta:g}"] = signed, selected_by_gradient
-        arms[f"−z d·g, KL at x̂, own position, β {beta:g}"] = signed, partial(selected_by_gradient, own=True)
-        for control in ("other tokens", "noise", "mean") if beta <= 1 else ():
-            arms[f"−z d·g, KL at x̂, {control}, β {beta:g}"] = signed, partial(selected_by_gradient, control=control)
+        arms[f"z (z − d·g), KL at x̂, β {beta:g}"] = signed, selected_by_gradient
+        arms[f"z (z − d·g), KL at x̂, own position, β {beta:g}"] = signed, partial(selected_by_gradient, own=True)
+        for control in ("other tokens", "noise", "mean") if beta == 0.1 else ():
+            arms[f"z (z − d·g), KL at x̂, {control}, β {beta:g}"] = (
+                signed,
+                partial(selected_by_gradient, control=control),
+            )
     arms["z |d·g|, CE at x, β 1"] = (
         partial(new, GradientSAE, k=K, beta=1.0),
         partial(selected_by_gradient, of="ce", at="x"),
@@ -155,7 +158,7 @@ def distilled_from_selection(s: Setting, lr: float):
     if "for gsae" not in s.starts:
         s.starts["for gsae"] = new(k=K)
         s.train(s.starts["for gsae"], None, 0.8, LOCAL_LR)
-    teacher = new(GradientSAE, k=K, beta=10.0, signed=True)
+    teacher = new(GradientSAE, k=K, beta=0.1, signed=True)
     teacher.load_state_dict(s.starts["for gsae"].state_dict() | {"gradient_scale": teacher.gradient_scale})
     sae = frozen(copy.deepcopy(s.starts["for gsae"]), "decoder")
     s.train(sae, partial(distilled, teacher=teacher.eval(), suffix=s.suffix), 0.2, lr, whole_rows=True)

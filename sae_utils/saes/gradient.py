@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..sparse.select_encode import Active, gradient_encode
 from ..values import flag, real
-from .base import SAEOutput
+from .base import SAEOutput, scale_of
 from .topk import TopKSAE
 
 
@@ -20,9 +20,9 @@ class GradientSAE(TopKSAE):
     of |W_dec g| over latents and tokens with a gradient (0.99 of the old, 0.01 of each training batch; ours), so that β has no
     units. Before any training batch, m is the mean of the batch at hand. Without `grad`, in `encode`, or with β = 0: plain TopK.
 
-    signed: the k largest of z relu(1 − β W_dec g / m) instead, fewer where fewer scores are positive: −W_dec_i · g is what a
-    little more of latent i takes off the loss, to first order, while |W_dec g| also prefers latents that harm (ours). As β grows
-    the score becomes −z W_dec g.
+    signed: the k largest of z (z − β σ W_dec g / m) instead, σ = `x_scale` (ours); fewer where fewer scores are positive. Latent i
+    takes about z² off the squared error, and −z W_dec_i · g off the loss, to first order: both count, in one unit, while
+    |W_dec g| also prefers latents that harm.
     `selected_by_gradient` trains with gradients that are made anew in each step, at x̂ say.
 
     Raises ValueError for a grad of another shape or β < 0, FloatingPointError for NaN or inf; all zeros give a UserWarning.
@@ -60,6 +60,8 @@ class GradientSAE(TopKSAE):
         if not scale:
             scale = sum((part @ self.W_dec.detach().T).abs().sum() for part in g.split(1024)) / n
         weight = self.beta / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        if self.signed:
+            weight = weight * (self.x_scale if self.x_scale else scale_of(rows))
         weights = self.W_enc, self.b_enc, self.b_dec
         values, active, total = gradient_encode(rows, *weights, self.k, g, self.W_dec, weight, self.signed)
         if not torch.isfinite(total):

@@ -252,7 +252,7 @@ def gradient_encode(
 ) -> tuple[Tensor, Active, Tensor]:
     """Like `topk_encode`, but the k are largest in z (1 + weight · |W_dec g|), g = grad [batch, d_in]; the values stay z.
 
-    signed: largest in z relu(1 − weight · W_dec g). What has no positive score has the value 0.
+    signed: largest in z (z − weight · W_dec g), z > 0. What has no positive score has the value 0.
 
     As a third result the sum of |W_dec g| over tokens and latents. One product more than TopK.
     """
@@ -263,7 +263,7 @@ def gradient_encode(
         torch.addmm(b, part, W, out=z)
         torch.mm(g, D, out=effect)
         total = total + (effect.abs() if signed else effect.abs_()).sum(dtype=torch.float32)
-        effect = effect.mul_(-weight).add_(1).relu_() if signed else effect.mul_(weight).add_(1)
+        effect = effect.mul_(-weight).add_(z.relu_()) if signed else effect.mul_(weight).add_(1)
         scores, columns = largest(effect.mul_(z), k)
         found.append((z.gather(1, columns).masked_fill_(scores <= 0, 0), columns))
     values, columns = map(torch.cat, zip(*found))

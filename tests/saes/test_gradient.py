@@ -6,6 +6,7 @@ import torch
 
 from sae_utils import ActivationStore, GradientSAE, TopKSAE, load_sae, save_sae
 from sae_utils.activations.hooks import run_spliced, run_with_gradient, token_loss
+from sae_utils.saes.base import scale_of
 from sae_utils.training.losses import attribution_loss, gradient_weighted_loss
 
 HOOK, LATER = "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"
@@ -169,13 +170,25 @@ def test_objectives_by_hand():
         attribution_loss(sae, x)
 
 
+def test_signed_selection_by_hand():
+    """Two latents, z = 3 and 2. A unit of the first costs 4 m of loss, of the second nothing: z (z − β σ d·g / m) at β σ = 1."""
+    sae = GradientSAE(2, 2, k=1, beta=1.0, signed=True)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(2)), sae.W_dec.copy_(torch.eye(2))
+        sae.gradient_scale.fill_(1.0), sae.x_scale.fill_(1.0)
+    x, g = torch.tensor([[3.0, 2.0]]), torch.tensor([[4.0, 0.0]])
+    assert sae.eval()(x, g).latents.tolist() == [[0.0, 2.0]]  # 3 (3 − 4) < 2 · 2
+    assert sae(x, g / 4).latents.tolist() == [[3.0, 0.0]]  # 3 (3 − 1) > 2 · 2
+
+
 def test_signed_selection_is_that_of_the_dense_form(made):
     sae, x, g = made
     signed = GradientSAE(12, 100, k=5, beta=0.7, signed=True).double().eval()
     signed.load_state_dict(sae.state_dict())
     z = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
     effect = g @ sae.W_dec.T
-    score = z * (1 - 0.7 * effect / effect[(g != 0).any(1)].abs().mean()).relu()
+    weight = 0.7 * scale_of(x) / effect[(g != 0).any(1)].abs().mean()
+    score = (z * (z - weight * effect)).relu()
     expected = torch.zeros_like(z).scatter(1, (top := score.topk(5, dim=1).indices), z.gather(1, top))
     chosen = signed(x, g).latents
     assert torch.allclose(chosen, expected) and not torch.allclose(chosen, sae.eval()(x, g).latents)
