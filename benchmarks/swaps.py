@@ -9,6 +9,8 @@ The second table is what choosing by a score gains: of all k² swaps at a token 
 says that it helps. Of KL at these tokens it takes off the share shown; the truth itself is the most that one swap can take. The first
 order is bad for long steps. So two more scores add w · ‖Δ‖² or w · the change of ‖x − x̂‖² to it, with the w that gains most in half of the
 rows, and are shown for the other half, as all scores are.
+
+The third table: the same TopK SAE, all of whose k latents are selected by a score, with no training. KL and FVU on 64 rows.
 """
 
 import argparse
@@ -17,10 +19,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from sae_utils import ActivationStore, TopKSAE, held_out, load_language_model, tokens, train
+from sae_utils import ActivationStore, GradientSAE, TopKSAE, held_out, load_language_model, tokens, train
 from sae_utils.activations.hooks import run_prefix
 from sae_utils.analysis.swaps import swaps
 from sae_utils.training.end_to_end import Suffix
+from sae_utils.training.losses import batch_fvu
 
 HOOK = "blocks.3.hook_resid_pre"
 
@@ -66,6 +69,32 @@ def correlations(found: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def selected(sae: TopKSAE, lm, suffix: Suffix, rows: torch.Tensor) -> pd.DataFrame:
+    """KL(orig ‖ new) and FVU where `GradientSAE`'s score selects, for each β and gradient."""
+    sums = {}
+    for part in rows.split(16):
+        x = run_prefix(lm, part, [HOOK])[HOOK]
+        batch, x_hat = {"x": x, "tokens": part}, sae(x[:, 1:]).x_hat.detach()
+        own = sum(suffix.gradient(batch, x_hat, "kl", own=True, seed=i) for i in range(16)) / 16
+        kl = suffix.gradient(batch, x_hat)
+        others = torch.randperm(kl[..., 0].numel(), generator=torch.Generator().manual_seed(0))
+        gradients = {"KL at x̂": kl, "KL at x̂, own position": own, "other tokens": kl.flatten(0, 1)[others].view_as(kl)}
+        arms = {("z (z − d·g)", name): (True, g) for name, g in gradients.items()}
+        arms |= {("z (1 + |d·g|)", "CE at x"): (False, suffix.gradient(batch, None, "ce"))}
+        for (score, name), (signed, g) in arms.items():
+            for beta in (0.0, 0.01, 0.03, 0.1, 0.3, 1.0):
+                by = GradientSAE(sae.d_in, sae.d_sae, k=sae.k, beta=beta, signed=signed).eval()
+                by.load_state_dict(sae.state_dict() | {"gradient_scale": by.gradient_scale})
+                with torch.no_grad():
+                    new = by(x[:, 1:], g).x_hat
+                    last, _ = suffix.run(part, torch.cat([x[:, :1], new], 1), [])
+                    found = suffix.kl(suffix.clean(batch), last).item(), batch_fvu(x[:, 1:], new).item()
+                sums[score, name, beta] = np.add(sums.get((score, name, beta), 0), found)
+    rows = [[*key, *(value / len(rows.split(16)))] for key, value in sums.items()]
+    found = pd.DataFrame(rows, columns=["score", "gradient", "β", "KL", "FVU"])
+    return found.pivot_table(index=["score", "gradient"], columns="β", values=["KL", "FVU"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=16)
@@ -85,6 +114,8 @@ def main() -> None:
         found.append(swaps(sae, suffix, batch, options.each, seed=i).assign(row=i))
         every = swaps(sae, suffix, batch, options.tokens, seed=i, every=True)
         tried.append(every.assign(row=i, token=np.arange(len(every)) // sae.k**2))
+    more = held_out("python-source", lm.tokenizer, n_ctx, 64 * n_ctx, "validation")
+    print(selected(sae, lm, suffix, torch.from_numpy(more.astype("int64"))).round(4).to_string())
     generator = np.random.default_rng(0)
     for measure, parts, what in (
         (correlations, found, "swaps drawn"),
