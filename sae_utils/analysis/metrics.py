@@ -140,10 +140,10 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
             out = one(x)
             sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), times_fired(out))
             log_q = log_p_with(out.x_hat, ("ce_sae", name))
-            kl = (
-                p[:, :, None] @ torch.sub(log_p, log_q, out=log_q)[..., None]
-            )  # Σ over words, without another tensor so large
-            nats["kl", name] += kl[:, 1:-1].double().sum()
+            off = torch.sub(log_p, log_q, out=log_q)
+            nats["kl", name] += (
+                (p[:, :, None] @ off[..., None])[:, 1:-1].double().sum()
+            )  # Σ over words, nothing so large made
     n_predictions = sum(tokens[:, 2:].numel() for tokens in chunks)
     nats = {key: float(value) / n_predictions for key, value in nats.items()}
     results = {}
