@@ -7,14 +7,13 @@ L0 8, on the first budget. On the second, only these are trained. Finished curve
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from methods import D_SAE, HOOK, SEED, Setting
+from methods import D_SAE, HOOK, SEED, Results, Setting
 
 from sae_utils import GatedSAE, ReluSAE, evaluate, train
 from sae_utils.training.losses import gated_loss, l1_loss
@@ -74,9 +73,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--table", action="store_true", help="print what there is, and train nothing")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / "gated.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = Results(options.output / "gated.jsonl")
     for n_tokens in () if options.table else (600_000, 2_400_000):
         wanted = [
             (method, form, lr) for method in METHODS if options.only in method for form in TRIED[method] for lr in RATES
@@ -93,8 +90,6 @@ def main() -> None:
             setting = setting or Setting(n_tokens)
             about = {"tokens": n_tokens, "method": method, "form": form, "lr": lr}
             done.append(about | {"points": curve(setting, method, form, lr)})
-            with file.open("a") as out:
-                out.write(json.dumps(done[-1]) + "\n")
             print(about, read_off(done[-1]["points"]), flush=True)
     print(table(done).round(3).to_string(index=False))
 

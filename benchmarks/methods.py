@@ -51,6 +51,20 @@ HOOK, D_SAE, K, BATCH, SEED = "blocks.3.hook_resid_pre", 1024, 8, 1024, 0
 LOCAL_LR = 0.005  # of the SAEs that end-to-end arms begin with
 
 
+class Results(list):
+    """The rows of a file of JSON lines, to which `append` adds a line: what finished is not repeated."""
+
+    def __init__(self, file: Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.file = file
+        super().__init__(map(json.loads, file.read_text().splitlines() if file.exists() else ()))
+
+    def append(self, row: dict) -> None:
+        super().append(row)
+        with self.file.open("a") as out:
+            out.write(json.dumps(row) + "\n")
+
+
 class Setting:
     """The model, the activations of a budget of tokens, and the validation rows."""
 
@@ -84,12 +98,17 @@ def local(s, lr, make, objective=None, then=None, **settings):
 
 def end_to_end(s, lr, make, objective, start=0.0, **settings):
     """Trained on whole rows through the rest of the model, after a local training on the first share of the budget."""
-    if start and start not in s.starts:
-        s.starts[start] = make()
-        s.train(s.starts[start], None, start, LOCAL_LR)
-    sae = copy.deepcopy(s.starts[start]) if start else make()
+    sae = started(s, start, make) if start else make()
     s.train(sae, partial(objective, suffix=s.suffix), 1 - start, lr, whole_rows=True, **settings)
     return sae
+
+
+def started(s, share, make):
+    """A copy of the SAE trained on activations alone on the first share of the budget, which is done once."""
+    if share not in s.starts:
+        s.starts[share] = make()
+        s.train(s.starts[share], None, share, LOCAL_LR)
+    return copy.deepcopy(s.starts[share])
 
 
 def old_auxk(sae, batch, distance=None):
@@ -155,12 +174,9 @@ def gradient_arms() -> dict:
 
 def distilled_from_selection(s: Setting, lr: float):
     """A TopK SAE on the first 80%; then its encoder learns the latents that it would select knowing the gradient."""
-    if "for gsae" not in s.starts:
-        s.starts["for gsae"] = new(k=K)
-        s.train(s.starts["for gsae"], None, 0.8, LOCAL_LR)
-    teacher = new(GradientSAE, k=K, beta=0.1, signed=True)
-    teacher.load_state_dict(s.starts["for gsae"].state_dict() | {"gradient_scale": teacher.gradient_scale})
-    sae = frozen(copy.deepcopy(s.starts["for gsae"]), "decoder")
+    sae, teacher = started(s, 0.8, partial(new, k=K)), new(GradientSAE, k=K, beta=0.1, signed=True)
+    teacher.load_state_dict(sae.state_dict() | {"gradient_scale": teacher.gradient_scale})
+    sae = frozen(sae, "decoder")
     s.train(sae, partial(distilled, teacher=teacher.eval(), suffix=s.suffix), 0.2, lr, whole_rows=True)
     return sae
 
@@ -291,9 +307,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what there is, and train nothing")
     parser.add_argument("--cost", action="store_true", help="print what 100 steps cost, in those of a local TopK SAE")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / f"{options.group}.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = Results(options.output / f"{options.group}.jsonl")
     make_arms, budgets = GROUPS[options.group]
 
     def judged(row: dict) -> float:
@@ -314,8 +328,6 @@ def main() -> None:
                     continue
                 setting = setting or Setting(n_tokens)
                 done.append({"arm": name, "tokens": n_tokens, "lr": lr} | measured(setting, function, lr))
-                with file.open("a") as out:
-                    out.write(json.dumps(done[-1]) + "\n")
                 print(done[-1], flush=True)
     table = pd.DataFrame(done)
     table["judged"] = [judged(row) for row in done]
