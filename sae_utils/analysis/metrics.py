@@ -141,9 +141,8 @@ def evaluate(sae, lm, rows, hook_name: str, *, batch_rows: int = 16, densities: 
             sums[name].add(x.flatten(0, 1), out.x_hat.flatten(0, 1), times_fired(out))
             log_q = log_p_with(out.x_hat, ("ce_sae", name))
             off = torch.sub(log_p, log_q, out=log_q)
-            nats["kl", name] += (
-                (p[:, :, None] @ off[..., None])[:, 1:-1].double().sum()
-            )  # Σ over words, nothing so large made
+            kl = p[:, :, None] @ off[..., None]  # Σ over words as a product, which makes nothing as large as p
+            nats["kl", name] += kl[:, 1:-1].double().sum()
     n_predictions = sum(tokens[:, 2:].numel() for tokens in chunks)
     nats = {key: float(value) / n_predictions for key, value in nats.items()}
     results = {}

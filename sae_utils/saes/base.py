@@ -175,6 +175,10 @@ class SAE(nn.Module):
             if name in held:
                 parameter.requires_grad_(False)
 
+    def revive(self, latents: Tensor) -> None:
+        """Forget what the latents (indices) did: `resample_dead` lets them begin anew."""
+        self.tokens_since_fired[latents] = 0
+
     def before_step(self) -> None:
         """What has to happen between the clipping of the gradient and the optimizer's step: nothing, but for `free_norm`."""
 

@@ -31,6 +31,11 @@ class ReluSAE(SAE):
         if free_norm:
             self.register_buffer("decoder_norm", torch.ones(d_sae))
 
+    def revive(self, latents: Tensor) -> None:
+        super().revive(latents)
+        if self.free_norm:
+            self.decoder_norm[latents] = 1
+
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
         super().project_decoder_gradient()

@@ -89,6 +89,4 @@ def resample_dead(sae, x: Tensor, optimizer: Optimizer, generator: torch.Generat
         moments = [(m, 0) for m in optimizer.adam.state[leaf].values() if m.ndim]
         for tensor, value in [(leaf, new), *moments]:
             tensor.movedim(by_latent, 0)[dead] = value
-    if getattr(sae, "free_norm", False):
-        sae.decoder_norm[dead] = 1
-    sae.tokens_since_fired[dead] = 0
+    sae.revive(dead)
