@@ -223,7 +223,7 @@ GROUPS = {  # group: (arms, budgets of tokens)
     "e2e": (end_to_end_arms, (600_000, 2_400_000)),
     "choice": (choice_arms, (2_000_000,)),
     "baselines": (baseline_arms, (600_000, 2_400_000)),
-    "gsae": (gradient_arms, (600_000,)),
+    "gsae": (gradient_arms, (600_000, 2_400_000)),
 }
 
 
