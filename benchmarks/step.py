@@ -20,7 +20,7 @@ import warnings
 import torch
 
 from sae_utils import GatedSAE, ReluSAE, SAEOutput, TopKSAE
-from sae_utils.sparse import select_encode as sparse
+from sae_utils.sparse import selection
 from sae_utils.training import losses
 from sae_utils.training.optimizer import Optimizer
 
@@ -54,7 +54,7 @@ def ours(sae, objective, x, bf16=False, dead=0.0, l0=0, certified=True):
         bias.data -= z.flatten().kthvalue(z.numel() - 256 * l0).values.detach()
 
     def step():
-        sparse.bf16_is_fast = BF16 if certified else lambda device: False
+        selection.bf16_is_fast = BF16 if certified else lambda device: False
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
             loss = objective(sae, {"x": next(batches), "progress": 1.0})["loss"]
         optimizer.update(loss, 2e-4, scale, 1.0)
@@ -62,7 +62,7 @@ def ours(sae, objective, x, bf16=False, dead=0.0, l0=0, certified=True):
     return step
 
 
-BF16 = sparse.bf16_is_fast
+BF16 = selection.bf16_is_fast
 
 
 def one_of(cls, d_in, d_sae, loss, x, **options):

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..sparse.select_encode import Active, densify, pre_activations, sparse_decode
+from ..sparse.bags import Active
+from ..sparse.select_encode import densify, pre_activations, sparse_decode
 from ..values import whole
 
 HIGH_NORM = 5.0  # times the usual norm: beyond it a token does not count as ordinary (ours)
@@ -111,7 +112,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def count(self, active: Tensor, n_tokens: int) -> None:
-        """Record a training batch in which the latents `active` (indices, repeats allowed) fired."""
+        """Record a training batch in which the latents `active` (bool [d_sae], or indices) fired."""
         self.tokens_since_fired += n_tokens
         self.tokens_since_fired[active] = 0
 
@@ -135,8 +136,12 @@ class SAE(nn.Module):
     def output(self, x: Tensor, f: Tensor, active: Active | None = None, **extra: Tensor) -> SAEOutput:
         """The output for latents f, dense [batch, d_sae] or the values of `active`; in training mode the counters move."""
         if self.training:
-            fired = (f > 0).any(0).nonzero() if active is None else active.indices[f > 0]
-            self.count(fired, x.numel() // self.d_in)
+            total = (
+                f.detach().sum(0)
+                if active is None
+                else f.new_zeros(self.d_sae).index_add_(0, active.indices, f.detach())
+            )
+            self.count(total > 0, x.numel() // self.d_in)
         if active is None:
             return SAEOutput(self.decode(f).view(x.shape), dense=f, extra=extra)
         x_hat = (sparse_decode(f, active, self.W_dec) + self.b_dec).view(x.shape)

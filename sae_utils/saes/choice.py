@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..sparse.choice import feature_encode, mutual_encode
-from ..sparse.select_encode import Active, relu_encode
+from ..sparse.bags import Active
+from ..sparse.select_encode import relu_encode
 from ..values import one_of, real, whole
 from .base import SAEOutput, inference
 from .relu import ReluSAE

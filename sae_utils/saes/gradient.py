@@ -5,7 +5,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..sparse.select_encode import Active, gradient_encode
+from ..sparse.bags import Active
+from ..sparse.select_encode import gradient_encode
 from ..values import flag, real
 from .base import SAEOutput, scale_of
 from .topk import TopKSAE

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from ..sparse.select_encode import Active, topk_encode
+from ..sparse.bags import Active
+from ..sparse.select_encode import topk_encode
 from ..values import whole
 from .base import SAE, SAEOutput
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from . import select_encode as sparse
-from .select_encode import Active, encoder
+from . import selection
+from .bags import Active, stable_order
+from .select_encode import encoder
 
 
 @encoder
@@ -27,9 +28,9 @@ def above(x: Tensor, W: Tensor, b: Tensor, budget: int, bound: float) -> tuple[T
     """The `budget` largest of the entries of x W + b above `bound` (all, if fewer are): values, and flat positions, rising."""
     d_sae = W.shape[1]
     values, entries = b.new_empty(0), torch.empty(0, dtype=torch.long, device=x.device)
-    size = max(1, sparse.WORKSPACE // d_sae)
+    size = max(1, selection.WORKSPACE // d_sae)
     for start in range(0, len(x), size):
-        z = sparse.product(x[start : start + size], W, b, x.dtype).flatten()
+        z = selection.product(x[start : start + size], W, b, x.dtype).flatten()
         entry = (z > bound).nonzero().squeeze(1)
         values, entries = torch.cat([values, z[entry]]), torch.cat([entries, entry + start * d_sae])
         is_last = start + size >= len(x)
@@ -55,10 +56,10 @@ def feature_encode(
     sizes, start, found, smallest = falling.tolist(), 0, [], torch.empty_like(b)
     while start < d_sae:
         most, end = sizes[start], start
-        while end < d_sae and 2 * sizes[end] > most and (end - start + 1) * batch <= max(sparse.WORKSPACE, batch):
+        while end < d_sae and 2 * sizes[end] > most and (end - start + 1) * batch <= max(selection.WORKSPACE, batch):
             end += 1
         group, m = latents[start:end], falling[start:end, None]
-        out = sparse.workspace(end - start, batch, dtype, x.device)
+        out = selection.workspace(end - start, batch, dtype, x.device)
         z = torch.addmm(b[group, None].to(dtype), W.T[group].to(dtype), columns, out=out)
         top = z.topk(most, dim=1)
         smallest[group] = top.values.gather(1, m - 1).squeeze(1).relu().to(b.dtype)
@@ -66,5 +67,5 @@ def feature_encode(
         found.append((top.values[kept], top.indices[kept], group[kept.nonzero()[:, 0]]))
         start = end
     values, token, indices = map(torch.cat, zip(*found))
-    order = token.argsort(stable=True)
+    order = stable_order(token, batch)
     return values[order], Active.by_token(token[order], indices[order], batch, d_sae), smallest

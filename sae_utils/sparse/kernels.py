@@ -2,7 +2,7 @@
 
 An entry is a value and the index of a row; a bag is a run of entries, from `offsets[bag]` to `offsets[bag + 1]`. The active
 latents of a token are a bag (decoding, and the gradient of its activations), and so are the tokens of a latent (the weight
-gradients). `select_encode.py` builds every forward and backward pass from these functions, which autograd does not see.
+gradients). `bags.py` and `select_encode.py` build every forward and backward pass from these functions, which autograd does not see.
 
 Products and sums are fp32, and exact fp32 for fp32 inputs; equal inputs give equal bits. Sizes of blocks were chosen by
 counting bytes and instructions.

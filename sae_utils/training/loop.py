@@ -311,7 +311,8 @@ class Finite:
         self.checkpoint, self.at_once, self.waiting = checkpoint, device.type == "cpu", {}
 
     def check(self, values: dict[str, Tensor], step: int) -> None:
-        self.waiting |= {(step, what): value.detach() for what, value in values.items()}
+        if not self.at_once or not all(math.isfinite(value.item()) for value in values.values()):
+            self.waiting |= {(step, what): value.detach() for what, value in values.items()}
         if self.at_once:
             self.look()
 

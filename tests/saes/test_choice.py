@@ -8,6 +8,7 @@ import torch
 from sae_utils import FeatureChoiceSAE, MutualChoiceSAE, TopKSAE, load_sae, save_sae, train
 from sae_utils.saes.choice import shared_out, zipf, zipf_error, zipf_fit, zipf_quotas
 from sae_utils.sparse import select_encode as sparse
+from sae_utils.sparse import selection
 from sae_utils.sparse.choice import feature_encode, mutual_encode
 from sae_utils.training.losses import aux_zipf_loss, reconstruction_loss
 
@@ -48,7 +49,7 @@ def agree(result, expected, leaves):
 @pytest.mark.parametrize("workspace", [1 << 25, 130, 1])  # all at once; a few tokens; one
 @pytest.mark.parametrize("bound", [0.0, 0.5, 1e3])
 def test_mutual_choice_is_the_dense_form_in_chunks_and_for_any_guess_of_the_bound(monkeypatch, workspace, bound):
-    monkeypatch.setattr(sparse, "WORKSPACE", workspace)
+    monkeypatch.setattr(selection, "WORKSPACE", workspace)
     leaves = weights()
     f = dense(*leaves)
     result = mutual_encode(*leaves, 120, bound)
@@ -71,7 +72,7 @@ def test_of_equal_latents_mutual_choice_takes_as_many_as_the_budget_allows():
 
 @pytest.mark.parametrize("workspace", [1 << 25, 130, 1])
 def test_feature_choice_is_the_dense_form_in_groups_of_latents(monkeypatch, workspace):
-    monkeypatch.setattr(sparse, "WORKSPACE", workspace)
+    monkeypatch.setattr(selection, "WORKSPACE", workspace)
     leaves = weights()
     f = dense(*leaves)
     quota = torch.randint(1, 41, (50,))

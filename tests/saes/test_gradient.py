@@ -51,7 +51,7 @@ def test_selection_is_that_of_the_dense_form(made, scale):
 def test_small_steps_of_the_workspace_change_nothing(made, monkeypatch):
     sae, x, g = made
     whole = sae.eval()(x, g).latents
-    monkeypatch.setattr("sae_utils.sparse.select_encode.WORKSPACE", 7 * 200)
+    monkeypatch.setattr("sae_utils.sparse.selection.WORKSPACE", 7 * 200)
     assert torch.allclose(sae(x, g).latents, whole)
 
 

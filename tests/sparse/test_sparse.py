@@ -8,16 +8,10 @@ import pytest
 import torch
 
 from sae_utils.sparse import select_encode as sparse
-from sae_utils.sparse.select_encode import (
-    Active,
-    certified,
-    densify,
-    largest,
-    relu_encode,
-    sparse_decode,
-    top_of_product,
-    topk_encode,
-)
+from sae_utils.sparse import selection
+from sae_utils.sparse.bags import Active, stable_order, triton_for
+from sae_utils.sparse.select_encode import densify, relu_encode, sparse_decode, topk_encode
+from sae_utils.sparse.selection import certified, largest, top_of_product, topk
 
 
 def dense_form(x, W_enc, b_enc, b_dec, W_dec, k):
@@ -90,8 +84,8 @@ def test_gradcheck():
 
 
 def test_kernels_take_over_where_they_can():
-    assert bool(sparse.triton_for(torch.zeros(1))) == (os.environ.get("TRITON_INTERPRET") == "1")
-    assert sparse.triton_for(torch.zeros(1, dtype=torch.double)) is None
+    assert bool(triton_for(torch.zeros(1))) == (os.environ.get("TRITON_INTERPRET") == "1")
+    assert triton_for(torch.zeros(1, dtype=torch.double)) is None
 
 
 @pytest.mark.triton
@@ -113,14 +107,28 @@ def test_densify_by_hand():
 
 @pytest.mark.parametrize("n, k", [(96, 3), (97, 3), (4096, 8), (4099, 8), (1000, 60), (64, 64), (5, 1), (70, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_selection_in_two_stages_is_exact(n, k, dtype):
+@pytest.mark.parametrize("select", [largest, topk])
+def test_selection_is_exact(n, k, dtype, select):
     z = torch.randn(50, n, generator=torch.Generator().manual_seed(n)).to(dtype)  # in bfloat16 with many ties
     z[0] = -1.0
     z[1, : n // 2] = float("-inf")
-    values, columns = largest(z, k)
-    assert torch.equal(values.sort(1).values, z.topk(k, 1).values.sort(1).values)
-    assert torch.equal(z.gather(1, columns), values)
-    assert all(len(set(row)) == k for row in columns.tolist())
+    z[2, : n // 2], z[3], z[4, 0] = float("inf"), 0.0, -0.0
+    z[3, ::2] = -0.0
+    for nan in (False, True):  # which counts as the largest, whatever its sign
+        z[5, 1], z[6, 2] = (float("nan"), -float("nan")) if nan else (1, 2)
+        values, columns = select(z, k)
+        expected = z.topk(k, 1).values.sort(1).values
+        torch.testing.assert_close(values.sort(1).values, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(z.gather(1, columns), values, rtol=0, atol=0, equal_nan=True)
+        assert all(len(set(row)) == k for row in columns.tolist())
+
+
+@pytest.mark.parametrize("n", [2, 300, 2**16, 2**16 + 1])
+def test_a_stable_order_by_hand_and_for_numbers_of_16_bits_and_more(n):
+    assert stable_order(torch.tensor([1, 0, 1, 0]), n).tolist() == [1, 3, 0, 2]
+    numbers = torch.randint(0, n, (1000,), generator=torch.Generator().manual_seed(n))
+    numbers[::10] = n - 1
+    assert torch.equal(stable_order(numbers, n), numbers.argsort(stable=True))
 
 
 @pytest.mark.parametrize("make", ["plain", "close", "ties", "large bias", "negative", "nan"])
@@ -153,7 +161,7 @@ def test_too_few_candidates_would_be_noticed(monkeypatch):
     W[1:] = W[0] + 1e-4 * W[1:]
     exact = (x.double() @ W.double().T).topk(8, 1).values.sum()
     asked = []
-    monkeypatch.setattr(sparse, "largest", lambda z, k: asked.append(z.shape) or largest(z, k))
+    monkeypatch.setattr(selection, "largest", lambda z, k: asked.append(z.shape) or largest(z, k))
     values, _ = certified(x, W.T, torch.zeros(512), 8)
     assert len(asked) == 2 and asked[1][0] > 40  # nearly every row again
     torch.testing.assert_close(values.double().sum(), exact)
@@ -164,7 +172,7 @@ def test_batches_larger_than_the_workspace_are_split(monkeypatch, dtype):
     generator = torch.Generator().manual_seed(0)
     x, W = torch.randn(50, 16, generator=generator), torch.randn(64, 16, generator=generator).T
     whole = top_of_product(x, W, torch.zeros(64), 4, dtype)
-    monkeypatch.setattr(sparse, "WORKSPACE", 64 * 7)
+    monkeypatch.setattr(selection, "WORKSPACE", 64 * 7)
     parts = top_of_product(x, W, torch.zeros(64), 4, dtype)
     torch.testing.assert_close(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])
