@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..sparse.choice import feature_encode, mutual_encode
 from ..sparse.bags import Active
+from ..sparse.choice import feature_encode, mutual_encode
 from ..sparse.select_encode import relu_encode
 from ..values import one_of, real, whole
 from .base import SAEOutput, inference
