@@ -278,10 +278,10 @@ def by_batch_and_threshold(sae, setting: Setting, batch: int) -> dict:
     return found
 
 
-def cost(arms: dict) -> None:
-    """Medians of three paired rounds: seconds of 100 training steps over those of a local TopK SAE just before."""
+def cost(arms: dict, n_steps: int) -> None:
+    """Medians of three paired rounds: seconds of n_steps training steps over those of a local TopK SAE just before."""
     setting = Setting(200_000)
-    setting.n_steps = 100
+    setting.n_steps = n_steps
     topk = partial(local, make=partial(new, k=K))
     for name, (function, rates) in arms.items():
         ratios = []
@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/methods"))
     parser.add_argument("--only", default="", help="arms whose name holds this")
     parser.add_argument("--table", action="store_true", help="print what there is, and train nothing")
-    parser.add_argument("--cost", action="store_true", help="print what 100 steps cost, in those of a local TopK SAE")
+    parser.add_argument("--cost", action="store_true", help="print what steps cost, in those of a local TopK SAE")
     options = parser.parse_args()
     done = Results(options.output / f"{options.group}.jsonl")
     make_arms, budgets = GROUPS[options.group]
@@ -315,7 +315,7 @@ def main() -> None:
 
     arms = {name: arm for name, arm in make_arms().items() if options.only in name}
     if options.cost:
-        return cost(arms)
+        return cost(arms, 100 if options.group in ("choice", "baselines") else 30)
     for n_tokens in () if options.table else budgets:
         setting = None
         for name, (function, rates) in arms.items():
